@@ -1,0 +1,5 @@
+"""``python -m zolightning``."""
+
+from zolightning.cli import main
+
+main()

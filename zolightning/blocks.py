@@ -1,0 +1,53 @@
+"""A block: one tensor that a probe perturbs and an update moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from zolightning.noise import block_id
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One perturbable tensor.
+
+    Args:
+        name: Canonical (first) name; with the seed it decides the block's noise, and it keys checkpoints and policies.
+        tensor: The weights themselves; contiguous, written in place by updates only.
+    """
+
+    name: str
+    tensor: Tensor
+
+    @cached_property
+    def id(self) -> int:
+        """32-bit id in the noise counter."""
+        return block_id(self.name)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.tensor.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which the weights are stored."""
+        return self.tensor.dtype
+
+
+def check_ids(names: Iterable[str]) -> None:
+    """Refuse two names that share a noise stream.
+
+    Raises:
+        ValueError: Two names have the same 32-bit id.
+    """
+    seen: dict[int, str] = {}
+    for name in names:
+        other = seen.setdefault(block_id(name), name)
+        if other != name:
+            raise ValueError(f"blocks {other!r} and {name!r} would draw the same noise (equal 32-bit ids); rename one of them")

@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from zolightning.callbacks.checkpoint import RunCheckpoint
+
+__all__ = ["RunCheckpoint"]

@@ -1,0 +1,32 @@
+"""The central difference along each direction."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zolightning.estimators.base import Estimator, Probe
+
+
+class TwoPoint(Estimator):
+    r"""Central difference (SPSA), averaged over directions.
+
+    .. math:: c_q = \frac{\ell(\theta + \epsilon u_q) - \ell(\theta - \epsilon u_q)}{2 \epsilon Q}
+
+    Args:
+        queries: Directions ``Q`` per step; a step costs ``2 Q`` forwards.
+
+    Example:
+        >>> TwoPoint(queries=2).coefficients(torch.tensor([1.0, 0.5, 0.2, 0.2]), eps=0.5)
+        tensor([0.2500, 0.0000])
+
+    References:
+        Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation", 1992.
+    """
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return tuple(Probe(query, sign) for query in range(self.queries) for sign in (1, -1))
+
+    def coefficients(self, losses: Tensor, eps: float) -> Tensor:
+        plus, minus = losses[0::2], losses[1::2]
+        return (plus - minus) / (2 * eps * self.queries)

@@ -1,0 +1,126 @@
+"""Triton device functions with the bits of :mod:`zolightning.noise`.
+
+Compile every kernel that calls them with ``enable_fp_fusion=False``: a fused multiply-add rounds once where the contract
+rounds twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zolightning import noise
+
+_M0, _M1 = tl.constexpr(noise.PHILOX_M[0]), tl.constexpr(noise.PHILOX_M[1])
+_W0, _W1 = tl.constexpr(noise.PHILOX_W[0]), tl.constexpr(noise.PHILOX_W[1])
+_ROUNDS = tl.constexpr(noise.ROUNDS)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (tl.constexpr(c) for c in noise.LOG)
+_LN2_HIGH, _LN2_LOW = tl.constexpr(noise.LN2_HIGH), tl.constexpr(noise.LN2_LOW)
+_SQRT_HALF_BITS = tl.constexpr(noise.SQRT_HALF_BITS)
+_S0, _S1, _S2 = (tl.constexpr(c) for c in noise.SIN)
+_C0, _C1, _C2 = (tl.constexpr(c) for c in noise.COS)
+_TO_ANGLE, _TO_UNIT = tl.constexpr(noise.TO_ANGLE), tl.constexpr(noise.TO_UNIT)
+
+
+@triton.jit
+def philox(k0, k1, c0, c1, c2, c3):
+    """Philox 4x32-10; ``c0`` uint32 of any shape, the rest uint32 scalars. Returns four uint32 tensors of that shape."""
+    c1 = tl.zeros_like(c0) + c1
+    c2 = tl.zeros_like(c0) + c2
+    c3 = tl.zeros_like(c0) + c3
+    for _ in tl.static_range(_ROUNDS):
+        h0 = tl.umulhi(c0, tl.full(c0.shape, _M0, tl.uint32))
+        h1 = tl.umulhi(c2, tl.full(c0.shape, _M1, tl.uint32))
+        l0 = c0 * tl.full(c0.shape, _M0, tl.uint32)
+        l1 = c2 * tl.full(c0.shape, _M1, tl.uint32)
+        c0 = h1 ^ c1 ^ k0
+        c1 = l1
+        c2 = h0 ^ c3 ^ k1
+        c3 = l0
+        k0 = (k0 + tl.full((), _W0, tl.uint32)).to(tl.uint32)
+        k1 = (k1 + tl.full((), _W1, tl.uint32)).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def log(u):
+    """Natural logarithm of positive normal float32 numbers."""
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - _SQRT_HALF_BITS) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    e = exponent.to(tl.float32)
+    z = f * f
+    y = f * _L0 + _L1
+    y = y * f + _L2
+    y = y * f + _L3
+    y = y * f + _L4
+    y = y * f + _L5
+    y = y * f + _L6
+    y = y * f + _L7
+    y = y * f + _L8
+    y = y * f * z
+    y = y + e * _LN2_LOW
+    y = y - z * 0.5
+    return (f + y) + e * _LN2_HIGH
+
+
+@triton.jit
+def cos_sin(word):
+    """Cosine and sine of ``2 pi word / 2**32``."""
+    quadrant = ((word >> 29) + 1) >> 1
+    f = (word - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * _TO_ANGLE
+    z = f * f
+    s = ((z * _S0 + _S1) * z + _S2) * z * f + f
+    c = ((z * _C0 + _C1) * z + _C2) * z * z - z * 0.5 + 1.0
+    odd = (quadrant & 1) != 0
+    cos = tl.where(odd, s, c)
+    sin = tl.where(odd, c, s)
+    cos = tl.where(((quadrant + 1) & 2) != 0, -cos, cos)
+    return cos, tl.where((quadrant & 2) != 0, -sin, sin)
+
+
+@triton.jit
+def box_muller(a, b):
+    """Two standard normals from two 32-bit words."""
+    radius = tl.sqrt_rn(log((a.to(tl.float32) + 0.5) * _TO_UNIT) * -2.0)
+    cos, sin = cos_sin(b)
+    return radius * cos, radius * sin
+
+
+@triton.jit
+def draw(k0, k1, octet, block, step, query, GAUSSIAN: tl.constexpr):
+    """The noise of elements ``8 * octet`` to ``8 * octet + 7``: float32, shape ``[8 * len(octet)]``.
+
+    Args:
+        octet: uint32, shape ``[N]``: flat index divided by 8.
+        query: uint32 scalar; the purpose is the direction's (0).
+    """
+    if GAUSSIAN:
+        first = octet * 2
+        a0, a1, a2, a3 = philox(k0, k1, first, block, step, query * 16)
+        b0, b1, b2, b3 = philox(k0, k1, first + 1, block, step, query * 16)
+        z0, z1 = box_muller(a0, a1)
+        z2, z3 = box_muller(a2, a3)
+        z4, z5 = box_muller(b0, b1)
+        z6, z7 = box_muller(b2, b3)
+        even = tl.interleave(tl.interleave(z0, z4), tl.interleave(z2, z6))
+        odd = tl.interleave(tl.interleave(z1, z5), tl.interleave(z3, z7))
+        z = tl.interleave(even, odd)
+    else:
+        w0, w1, w2, w3 = philox(k0, k1, octet >> 4, block, step, query * 16)
+        lane = (octet >> 2) & 3
+        word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+        byte = word >> ((octet & 3) * 8)
+        shifts = tl.arange(0, 8).to(tl.uint32)
+        bits = (byte[:, None] >> shifts[None, :]) & 1
+        z = tl.reshape(bits, [octet.shape[0] * 8]).to(tl.float32) * 2.0 - 1.0
+    return z
+
+
+@triton.jit
+def rounding_bits(k0, k1, octet, block, step):
+    """Uniform 16-bit integers for elements ``8 * octet`` to ``8 * octet + 7``: uint32, shape ``[8 * len(octet)]``."""
+    w0, w1, w2, w3 = philox(k0, k1, octet, block, step, tl.full((), 1, tl.uint32))
+    low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
+    return tl.interleave(low, high)

@@ -1,0 +1,42 @@
+"""The two passes over the weights in plain torch: any device, any dtype, any noise. The Triton forms have the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zolightning.kernels.rounding import stochastic_round
+from zolightning.noise import Key, Noise, rounding_bits
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which weights of ``dtype`` are perturbed and moved: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
+    """``weight + amount * z`` as a new tensor; see :func:`zolightning.kernels.materialise`."""
+    out, compute = torch.empty_like(weight, memory_format=torch.contiguous_format), compute_dtype(weight.dtype)
+    flat, source = out.view(-1), weight.reshape(-1)
+    for start, stop, z in noise.chunks(weight.numel(), weight.device):
+        flat[start:stop] = source[start:stop].to(compute) + z.to(compute) * amount
+    return out
+
+
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor, rounding: Key) -> None:
+    """``weight <- decay * weight + sum_q amounts[q] * z_q`` in place; see :func:`zolightning.kernels.update`."""
+    if not bool(valid):
+        return
+    compute = compute_dtype(weight.dtype)
+    target = weight.view(-1)
+    for chunk in zip(*(noise.chunks(weight.numel(), weight.device) for noise in noises), strict=True):
+        start, stop, _ = chunk[0]
+        total = torch.zeros(stop - start, dtype=compute, device=weight.device)
+        for amount, (_, _, z) in zip(amounts, chunk, strict=True):
+            total = total + z.to(compute) * amount
+        moved = target[start:stop].to(compute) * decay + total
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            moved = stochastic_round(moved, rounding_bits(rounding, start, stop - start, weight.device), weight.dtype)
+        target[start:stop] = moved

@@ -1,0 +1,70 @@
+"""Load a causal language model and its tokenizer from the hub or a folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def load_model(
+    pretrained: str,
+    dtype: DType = "bfloat16",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model onto one device.
+
+    Args:
+        pretrained: Hub id or folder.
+        dtype: Type in which the weights are stored and computed with.
+        device: Where it goes.
+        attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...); ``None``: its choice.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: ``dtype`` is unknown or the model cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in get_args(DType):
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(get_args(DType))}")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            pretrained, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load model {pretrained!r}: {_first_line(error)}") from error
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        pretrained: Hub id or folder.
+        trust_remote_code: Run Python code that comes with the tokenizer.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of {pretrained!r}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

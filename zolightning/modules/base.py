@@ -1,0 +1,165 @@
+"""What both modules share: the model, its tokenizer, evaluation, and checkpoints that hold only what moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from zolightning.models import DType, load_model, load_tokenizer
+from zolightning.modules.evaluation import CandidateEvaluation, TokenEvaluation
+from zolightning.objectives import CandidateCrossEntropy, Objective, TokenCrossEntropy
+from zolightning.spaces import DenseSpace, Space
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OBJECTIVES: dict[str, type[Objective]] = {"candidates": CandidateCrossEntropy, "gold": TokenCrossEntropy, "answer": TokenCrossEntropy}
+
+
+class ZOModule(pl.LightningModule):
+    """A causal language model under forward-only training: loading, evaluation and checkpoints.
+
+    Args:
+        pretrained: Hub id or folder of the base model.
+        dtype: Type in which the weights are stored and computed with; ``Trainer.precision`` stays 32-true.
+        space: What moves, and how a probe sees it; called with the model.
+        objective: What is minimised; without it: the task's own (cross-entropy of candidates or of answer tokens).
+        micro_batch_size: Examples per forward; without it: the whole batch at once.
+        attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...).
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    strict_loading = False  # the checkpoint holds only what moves
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: DType = "bfloat16",
+        space: Callable[[nn.Module], Space] = DenseSpace,
+        objective: Objective | None = None,
+        micro_batch_size: int | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1")
+        self.automatic_optimization = False
+        self.pretrained, self.dtype_name = pretrained, dtype
+        self.make_space = space
+        self.objective = objective
+        self.micro_batch_size = micro_batch_size
+        self.attn_implementation, self.trust_remote_code = attn_implementation, trust_remote_code
+        self.model: nn.Module | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._evaluation: CandidateEvaluation | TokenEvaluation = CandidateEvaluation()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the base model."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.pretrained, self.trust_remote_code)
+        return self._tokenizer
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The network, loaded."""
+        if self.model is None:
+            raise RuntimeError("the model is loaded by configure_model(); call it first")
+        return self.model
+
+    def setup(self, stage: str) -> None:
+        """Refuse settings that would silently spoil the run.
+
+        Raises:
+            ValueError: ``Trainer.precision`` is not 32-true.
+        """
+        if self.trainer.precision != "32-true":
+            raise ValueError(f"trainer.precision={self.trainer.precision!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
+
+    def configure_model(self) -> None:
+        """Load the base model once, straight onto the module's device."""
+        if self.model is not None:
+            return
+        self.model = load_model(self.pretrained, self.dtype_name, self.device, self.attn_implementation, self.trust_remote_code)
+        self.model.train()  # Lightning warns of modules in evaluation mode before training; on_train_start sets it
+        self.space = self.make_space(self.model)
+
+    def on_train_start(self) -> None:
+        """Dropout would differ between the probes of one direction."""
+        self.language_model.eval()
+
+    def batch_objective(self) -> Objective:
+        """The objective of this run: the one given, else the task's."""
+        if self.objective is None:
+            self.objective = OBJECTIVES[self._task_objective()]()
+        return self.objective
+
+    def _task_objective(self) -> str:
+        """How the data module's task is trained; data without a task are token sequences to predict."""
+        return str(getattr(getattr(self.trainer, "datamodule", None), "objective", "answer"))
+
+    def _start_evaluation(self) -> None:
+        self._evaluation = TokenEvaluation() if self._task_objective() == "answer" else CandidateEvaluation()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the figures of the last pass."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch; loader 1 holds training rows on which candidate biases are refitted."""
+        self._evaluation.update(self.language_model, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures as ``val/...``."""
+        self.log_dict({f"val/{name}": value for name, value in self._evaluation.figures().items()}, prog_bar=False)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the figures of the last pass."""
+        self._start_evaluation()
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch."""
+        self._evaluation.update(self.language_model, batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures as ``test/...``."""
+        self.log_dict({f"test/{name}": value for name, value in self._evaluation.figures().items()})
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Scores of the candidates, ``[B, K]``, or losses of the answers, ``[B]``."""
+        if batch_idx == 0:
+            self._start_evaluation()
+        return self._evaluation.update(self.language_model, batch, dataloader_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the blocks that move, under their canonical names; the base is rebuilt from its id."""
+        checkpoint["state_dict"] = {f"model.{block.name}": block.tensor.detach() for block in self.space.blocks}
+        checkpoint["zolightning"] = {"pretrained": self.pretrained, "blocks": self._describe()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model before anything is overwritten.
+
+        Raises:
+            ValueError: Blocks, shapes or types differ.
+        """
+        self.configure_model()
+        saved = cast(dict[str, str], checkpoint.get("zolightning", {}).get("blocks", {}))
+        own = self._describe()
+        for name in [*own, *saved]:
+            if saved.get(name) != own.get(name):
+                there, here = saved.get(name, "missing"), own.get(name, "missing")
+                raise ValueError(f"a checkpoint of another model or space: block {name!r} is {there} there and {here} here")
+
+    def _describe(self) -> dict[str, str]:
+        return {block.name: f"{str(block.dtype).removeprefix('torch.')}{list(block.tensor.shape)}" for block in self.space.blocks}
+
+    @torch.no_grad()
+    def load_blocks(self, state_dict: dict[str, Tensor]) -> None:
+        """Copy the blocks of a checkpoint's ``state_dict`` into the model."""
+        for block in self.space.blocks:
+            block.tensor.copy_(state_dict[f"model.{block.name}"])

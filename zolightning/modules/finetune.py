@@ -1,0 +1,93 @@
+"""Forward-only fine-tuning as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.estimators import Estimator, TwoPoint
+from zolightning.models import DType
+from zolightning.modules.base import ZOModule
+from zolightning.objectives import Objective
+from zolightning.optim import ZOOptimizer
+from zolightning.samplers import GaussianSampler, Sampler
+from zolightning.spaces import DenseSpace, Space
+
+LRSchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+class ZOFinetuneModule(ZOModule):
+    """Fine-tunes a causal language model with forward passes only.
+
+    Args:
+        pretrained: Hub id or folder of the base model.
+        dtype: Type in which the weights are stored and computed with; ``Trainer.precision`` stays 32-true.
+        space: What moves, and how a probe sees it; called with the model.
+        sampler: Distribution of the directions; without it: Gaussian.
+        estimator: Probes of a step and what they say; without it: two-point with one direction.
+        optimizer: The step: learning rate, probe distance, seed and update rule; called with space, sampler and estimator.
+        lr_scheduler: Learning rate schedule of torch.optim.lr_scheduler, stepped once per batch; called with the optimizer.
+        objective: What is minimised; without it: the task's own (cross-entropy of candidates or of answer tokens).
+        micro_batch_size: Examples per forward; without it: the whole batch at once.
+        attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...).
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> module = ZOFinetuneModule("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> trainer = lightning.Trainer(max_steps=2000)
+        >>> trainer.fit(module, TaskDataModule("sst2"))
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: DType = "bfloat16",
+        space: Callable[[nn.Module], Space] = DenseSpace,
+        sampler: Sampler | None = None,
+        estimator: Estimator | None = None,
+        optimizer: Callable[[Space, Sampler, Estimator], ZOOptimizer] = ZOOptimizer,
+        lr_scheduler: LRSchedulerFactory | None = None,
+        objective: Objective | None = None,
+        micro_batch_size: int | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(pretrained, dtype, space, objective, micro_batch_size, attn_implementation, trust_remote_code)
+        self.sampler = sampler if sampler is not None else GaussianSampler()
+        self.estimator = estimator if estimator is not None else TwoPoint()
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+
+    def configure_optimizers(self) -> Any:
+        """The zeroth-order optimizer on the space's blocks, and the schedule."""
+        optimizer = self.make_optimizer(self.space, self.sampler, self.estimator)
+        if self.make_lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}}
+
+    @property
+    def zo_optimizer(self) -> ZOOptimizer:
+        """The optimizer itself, without Lightning's wrapper."""
+        return cast(ZOOptimizer, self.optimizers(use_pl_optimizer=False))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step on one batch, whatever the number of directions."""
+        bound = self.batch_objective().on(self.language_model, batch, self.micro_batch_size)
+        # Lightning wraps the closure, so its second form travels beside it.
+        loss: Tensor = self.optimizers().step(bound, rows=bound.rows)  # type: ignore[union-attr, call-arg]
+        scheduler = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+        optimizer = self.zo_optimizer
+        self.log("train/loss", loss, prog_bar=True)
+        assert optimizer.coefficients is not None
+        self.log("train/coefficient", optimizer.coefficients.mean())
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.log("train/forwards", float(optimizer.forwards))
+        return loss

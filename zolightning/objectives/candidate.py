@@ -1,0 +1,48 @@
+"""Cross-entropy over a list of candidate continuations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zolightning.objectives.base import Objective
+from zolightning.objectives.batch import Batch, size
+from zolightning.objectives.forward import last_logits, scored_log_probs, wide
+
+
+def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
+    r"""Length-normalised log-probability of each candidate, up to a constant per example.
+
+    .. math:: s_k = \frac{1}{|c_k|} \sum_{t \in c_k} \log p(t \mid \text{prompt}, c_{k, <t})
+
+    A batch with ``candidates`` (``[B, K]``, token ids) needs one forward per example: every candidate is one token, and the
+    normaliser of the log-probabilities, equal for all, is left out. Otherwise each candidate is a sequence of its own
+    (``scored``, ``example``, ``choice``).
+
+    Returns:
+        ``[B, K]``, float32 or wider; minus infinity where an example has fewer candidates than ``K``.
+    """
+    if "candidates" in batch:
+        return wide(last_logits(model, batch, 1)[:, -1].gather(1, batch["candidates"]))
+    log_prob, length = scored_log_probs(model, batch)
+    width = int(batch["num_choices"]) if "num_choices" in batch else int(batch["choice"].max()) + 1
+    scores = torch.full((size(batch), width), float("-inf"), dtype=log_prob.dtype, device=log_prob.device)
+    return scores.index_put((batch["example"], batch["choice"]), log_prob / length)
+
+
+class CandidateCrossEntropy(Objective):
+    r"""Cross-entropy of the right candidate among all, from length-normalised scores.
+
+    .. math:: \ell_b = -\log \mathrm{softmax}(s_b)_{y_b}
+
+    Example:
+        >>> loss = CandidateCrossEntropy().on(model, batch)()
+
+    References:
+        Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023.
+    """
+
+    def rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(candidate_scores(model, batch), batch["label"], reduction="none")
+        return loss, torch.ones_like(loss)

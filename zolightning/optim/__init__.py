@@ -1,0 +1,6 @@
+"""The optimizer and its update rules."""
+
+from zolightning.optim.optimizer import ZOOptimizer
+from zolightning.optim.rules import SGD, Move, Rule
+
+__all__ = ["SGD", "Move", "Rule", "ZOOptimizer"]

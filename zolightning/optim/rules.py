@@ -1,0 +1,58 @@
+"""Update rules: coefficients and directions in, a change of the weights out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Move(NamedTuple):
+    r"""The change :math:`\theta \leftarrow d\,\theta + \sum_q w_q u_q`.
+
+    Args:
+        weights: The factors ``w_q``: shape ``[queries]``.
+        decay: The factor ``d``.
+    """
+
+    weights: Tensor
+    decay: float
+
+
+class Rule(ABC):
+    """Turns the coefficients of a step into a :class:`Move`."""
+
+    @abstractmethod
+    def move(self, coefficients: Tensor, lr: float) -> Move:
+        """The step's move.
+
+        Args:
+            coefficients: One per direction, shape ``[queries]``; ``sum_q c_q u_q`` estimates the gradient.
+            lr: Learning rate.
+        """
+
+
+class SGD(Rule):
+    r"""Plain step with decoupled weight decay.
+
+    .. math:: \theta \leftarrow (1 - \eta \lambda)\,\theta - \eta \sum_q c_q u_q
+
+    Args:
+        weight_decay: The rate :math:`\lambda`, applied to every block.
+
+    Raises:
+        ValueError: ``weight_decay`` is negative.
+
+    Example:
+        >>> SGD().move(torch.tensor([2.0]), lr=0.5)
+        Move(weights=tensor([-1.]), decay=1.0)
+    """
+
+    def __init__(self, weight_decay: float = 0.0) -> None:
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay={weight_decay} must not be negative")
+        self.weight_decay = weight_decay
+
+    def move(self, coefficients: Tensor, lr: float) -> Move:
+        return Move(coefficients * -lr, 1.0 - lr * self.weight_decay)

@@ -1,0 +1,7 @@
+"""Distributions of the directions."""
+
+from zolightning.samplers.base import Direction, Sampler
+from zolightning.samplers.gaussian import GaussianSampler
+from zolightning.samplers.rademacher import RademacherSampler
+
+__all__ = ["Direction", "GaussianSampler", "RademacherSampler", "Sampler"]

@@ -1,0 +1,107 @@
+"""What a space is: the blocks that move, and how a probe sees them. Perturbation happens here and nowhere else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from zolightning import kernels
+from zolightning.blocks import Block
+from zolightning.samplers.base import Direction
+from zolightning.spaces.interrupts import uninterrupted
+
+
+@dataclass
+class SetupReport:
+    """What the set-up probe found.
+
+    Args:
+        loss: Loss of the set-up probe.
+        resolved: Share of all elements that differ from the weights after rounding ``W + eps u``.
+        unresolved: Blocks in which fewer than half of the elements differ.
+        unread: Blocks that the probe's forward never read.
+        lifted: Blocks whose swap happens in the parent module, because the parent reads them.
+    """
+
+    loss: float = float("nan")
+    resolved: float = 1.0
+    unresolved: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    lifted: list[str] = field(default_factory=list)
+
+
+class Space(ABC):
+    """The blocks that move.
+
+    Args:
+        model: The network; its weights are read-only except inside :meth:`move`.
+        blocks: What moves.
+
+    Raises:
+        ValueError: There is no block, a block is not contiguous, or two blocks share an id.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+        self.model = model
+        self.blocks = tuple(blocks)
+        for block in self.blocks:
+            if not block.tensor.is_contiguous():
+                raise ValueError(f"block {block.name!r} is not contiguous in memory; call .contiguous() on it first")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements that move."""
+        return sum(block.numel for block in self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first block; coefficients and scales live there."""
+        return self.blocks[0].tensor.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of coefficients and losses: float64 where the blocks are float64, else float32."""
+        return torch.float64 if any(block.dtype == torch.float64 for block in self.blocks) else torch.float32
+
+    @abstractmethod
+    def probe(self, direction: Direction, distance: float) -> AbstractContextManager[None]:
+        """Context in which the model computes with ``theta + distance * u``; the weights themselves are not written.
+
+        Args:
+            direction: The direction ``u``.
+            distance: Signed probe distance, ``+eps`` or ``-eps``.
+        """
+
+    @abstractmethod
+    def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float) -> SetupReport:
+        """Run one probe at set-up and prove that it is what it claims to be.
+
+        Args:
+            evaluate: Computes the loss.
+            direction: A direction to probe along.
+            eps: Probe distance.
+
+        Raises:
+            ValueError: The probe reads unperturbed weights, writes a weight or buffer, is not finite, or ``eps`` is too small.
+        """
+
+    def move(self, directions: Sequence[Direction], weights: Tensor, decay: float, valid: Tensor) -> None:
+        r"""In-place step :math:`\theta_i \leftarrow d\,\theta_i + \sum_q w_q \sigma_{q,i} z_{q,i}`.
+
+        Args:
+            directions: ``Q`` directions of one step, with consecutive queries.
+            weights: The factors ``w_q``: shape ``[Q]``, :attr:`compute_dtype`.
+            decay: The factor ``d``; 1 for no weight decay.
+            valid: 0-d bool tensor; false leaves all weights as they are.
+        """
+        amounts = weights[:, None] * torch.stack([d.scales for d in directions])  # [Q, blocks]
+        with uninterrupted():
+            for index, block in enumerate(self.blocks):
+                own = amounts[:, index].to(block.tensor.device, kernels.compute_dtype(block.dtype))
+                noises = [direction.noise(block) for direction in directions]
+                kernels.update(block.tensor, own, noises, decay, valid, directions[0].key(block))
