@@ -44,7 +44,7 @@ def split(batch: Batch, micro_batch_size: int | None) -> Iterator[Batch]:
 
 
 #: Tensors with one entry per sequence; the others have one per example.
-SEQUENCE_KEYS = frozenset({"input_ids", "attention_mask", "scored", "example", "choice"})
+SEQUENCE_KEYS = frozenset({"input_ids", "attention_mask", "scored", "example", "choice", "correct"})
 
 
 def repeat(batch: Batch, copies: int) -> Batch:
