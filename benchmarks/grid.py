@@ -146,9 +146,9 @@ def execute(run: Run) -> str:
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, data: Any, device: torch.device) -> dict[str, float]:
     """Figures on all validation rows."""
-    from zolightning.modules.evaluation import CandidateEvaluation, TokenEvaluation
+    from zolightning.modules.evaluation import EVALUATIONS
 
-    evaluation = TokenEvaluation() if data.objective == "answer" else CandidateEvaluation()
+    evaluation = EVALUATIONS[data.objective]()
     for loader, batches in enumerate(data.val_dataloader()):
         for batch in batches:
             evaluation.update(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, loader)

@@ -73,7 +73,7 @@ def block_id(name: str) -> int:
 
     Example:
         >>> block_id("model.embed_tokens.weight")
-        1170012349
+        3009005979
     """
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
 

@@ -72,7 +72,7 @@ def _update(
         w = tl.load(weight + at, mask=at < numel).to(tl.float32)
         w = w * decay + total
         if ROUND:
-            w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, _u32(block), _u32(step)), HALF)
+            w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, _u32(block), _u32(step), _u32(query)), HALF)
         tl.store(weight + at, w.to(weight.dtype.element_ty), mask=at < numel)
 
 

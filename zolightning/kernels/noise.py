@@ -118,9 +118,9 @@ def draw(k0, k1, octet, block, step, query, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def rounding_bits(k0, k1, octet, block, step):
+def rounding_bits(k0, k1, octet, block, step, query):
     """Uniform 16-bit integers for elements ``8 * octet`` to ``8 * octet + 7``: uint32, shape ``[8 * len(octet)]``."""
-    w0, w1, w2, w3 = philox(k0, k1, octet, block, step, tl.full((), 1, tl.uint32))
+    w0, w1, w2, w3 = philox(k0, k1, octet, block, step, query * 16 + 1)
     low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
     return tl.interleave(low, high)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.models import DType, load_model, load_tokenizer
-from zolightning.modules.evaluation import CandidateEvaluation, TokenEvaluation
+from zolightning.modules.evaluation import EVALUATIONS, CandidateEvaluation, Evaluation
 from zolightning.objectives import CandidateCrossEntropy, Objective, TokenCrossEntropy
 from zolightning.spaces import DenseSpace, Space
 
@@ -56,7 +56,7 @@ class ZOModule(pl.LightningModule):
         self.attn_implementation, self.trust_remote_code = attn_implementation, trust_remote_code
         self.model: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._evaluation: CandidateEvaluation | TokenEvaluation = CandidateEvaluation()
+        self._evaluation: Evaluation = CandidateEvaluation()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,7 +104,7 @@ class ZOModule(pl.LightningModule):
         return str(getattr(getattr(self.trainer, "datamodule", None), "objective", "answer"))
 
     def _start_evaluation(self) -> None:
-        self._evaluation = TokenEvaluation() if self._task_objective() == "answer" else CandidateEvaluation()
+        self._evaluation = EVALUATIONS[self._task_objective()]()
 
     def on_validation_epoch_start(self) -> None:
         """Forget the figures of the last pass."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from zolightning.objectives.batch import Batch
 from zolightning.objectives.calibration import candidate_figures, constant_figures, fit_biases
-from zolightning.objectives.candidate import candidate_scores
+from zolightning.objectives.candidate import candidate_scores, spread
+from zolightning.objectives.forward import scored_log_probs
 from zolightning.objectives.tokens import TokenCrossEntropy
 
 VALIDATION, CALIBRATION = 0, 1
@@ -46,6 +47,28 @@ class CandidateEvaluation:
         return figures
 
 
+class GoldEvaluation:
+    """Figures of a task that is trained on the right candidate alone: its loss per token, and how often it scores best."""
+
+    def __init__(self) -> None:
+        self._loss: list[tuple[Tensor, Tensor]] = []
+        self._hits: list[Tensor] = []
+
+    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> Tensor:
+        """Score one batch; returns the length-normalised scores, ``[B, K]``."""
+        log_prob, length = scored_log_probs(model, batch)
+        gold = batch["choice"] == batch["label"][batch["example"]]
+        self._loss.append((-log_prob[gold].double().sum(), length[gold].double().sum()))
+        scores, correct = spread(log_prob / length, batch, float("-inf")), spread(batch["correct"].to(log_prob.dtype), batch, 0.0)
+        self._hits.append(correct.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1))
+        return scores
+
+    def figures(self) -> dict[str, float]:
+        """``loss`` in nats per token of the right candidate, and ``accuracy``."""
+        loss, weight = (sum(part) for part in zip(*self._loss, strict=True))
+        return {"loss": float(loss / weight), "accuracy": float(torch.cat(self._hits).double().mean())}
+
+
 class TokenEvaluation:
     """Loss per answer token."""
 
@@ -63,6 +86,11 @@ class TokenEvaluation:
         """``loss`` in nats per token."""
         loss, weight = (sum(part) for part in zip(*self._parts, strict=True))
         return {"loss": float(loss / weight)}
+
+
+Evaluation = CandidateEvaluation | GoldEvaluation | TokenEvaluation
+#: By the way a task is trained.
+EVALUATIONS: dict[str, type[Evaluation]] = {"candidates": CandidateEvaluation, "gold": GoldEvaluation, "answer": TokenEvaluation}
 
 
 def _stack(scores: list[Tensor]) -> Tensor:

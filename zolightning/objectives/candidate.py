@@ -26,9 +26,14 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
     if "candidates" in batch:
         return wide(last_logits(model, batch, 1)[:, -1].gather(1, batch["candidates"]))
     log_prob, length = scored_log_probs(model, batch)
+    return spread(log_prob / length, batch, float("-inf"))
+
+
+def spread(values: Tensor, batch: Batch, missing: float) -> Tensor:
+    """Values of the sequences, ``[R]``, as a table of examples and candidates, ``[B, K]``, with ``missing`` in the gaps."""
     width = int(batch["num_choices"]) if "num_choices" in batch else int(batch["choice"].max()) + 1
-    scores = torch.full((size(batch), width), float("-inf"), dtype=log_prob.dtype, device=log_prob.device)
-    return scores.index_put((batch["example"], batch["choice"]), log_prob / length)
+    table = torch.full((size(batch), width), missing, dtype=values.dtype, device=values.device)
+    return table.index_put((batch["example"], batch["choice"]), values)
 
 
 class CandidateCrossEntropy(Objective):

@@ -99,9 +99,9 @@ class Space(ABC):
             decay: The factor ``d``; 1 for no weight decay.
             valid: 0-d bool tensor; false leaves all weights as they are.
         """
-        amounts = weights[:, None] * torch.stack([d.scales for d in directions])  # [Q, blocks]
+        amounts = (weights[:, None] * torch.stack([d.scales for d in directions])).unbind(1)  # one [Q] for each block
         with uninterrupted():
             for index, block in enumerate(self.blocks):
-                own = amounts[:, index].to(block.tensor.device, kernels.compute_dtype(block.dtype))
+                own = amounts[index].to(block.tensor.device, kernels.compute_dtype(block.dtype))
                 noises = [direction.noise(block) for direction in directions]
                 kernels.update(block.tensor, own, noises, decay, valid, directions[0].key(block))

@@ -30,7 +30,7 @@ class _Owner:
     """A place where a block hangs: ``module._parameters[leaf]``; tied weights have several."""
 
     index: int
-    path: str
+    module: nn.Module
     leaf: str
 
 
@@ -70,19 +70,20 @@ class DenseSpace(Space):
             frozen = sum(not t.requires_grad for _, t in first.values())
             raise ValueError(f"nothing to move: {len(first)} parameters, {frozen} of them frozen, include={list(include)}, exclude={list(exclude)}")
         super().__init__(model, [block for _, block in chosen])
-        self._hosts: dict[str, list[_Owner]] = defaultdict(list)  # module whose forward swaps -> the owners it swaps
+        self._hosts: dict[str, list[_Owner]] = defaultdict(list)  # path of the module whose forward swaps -> the owners it swaps
         for index, (key, _) in enumerate(chosen):
             for path, leaf in owners[key]:
-                self._hosts[path].append(_Owner(index, path, leaf))
+                self._hosts[path].append(_Owner(index, model.get_submodule(path), leaf))
+        self._host_modules = {path: model.get_submodule(path) for path in self._hosts}
         self._watch: ProbeWatch | None = None
 
     @contextmanager
     def probe(self, direction: Direction, distance: float) -> Iterator[None]:
-        amounts = direction.scales.to(self.compute_dtype) * distance
+        amounts = (direction.scales.to(self.compute_dtype) * distance).unbind()
         handles = []
         try:
             for path, owners in self._hosts.items():
-                host = self.model.get_submodule(path)
+                host = self._host_modules[path]
                 handles.append(host.register_forward_pre_hook(partial(self._swap, owners, direction, amounts)))
                 handles.append(host.register_forward_hook(partial(self._restore, owners), always_call=True))
             yield
@@ -93,7 +94,7 @@ class DenseSpace(Space):
                 for owners in self._hosts.values():
                     self._restore(owners)
 
-    def _swap(self, owners: list[_Owner], direction: Direction, amounts: Tensor, module: nn.Module, args: Any) -> None:
+    def _swap(self, owners: list[_Owner], direction: Direction, amounts: Sequence[Tensor], module: nn.Module, args: Any) -> None:
         with self._watch.paused() if self._watch else nullcontext():
             fresh: dict[int, Tensor] = {}  # a block tied inside one host is drawn once
             for owner in owners:
@@ -101,13 +102,13 @@ class DenseSpace(Space):
                 if owner.index not in fresh:
                     amount = amounts[owner.index].to(block.tensor.device, kernels.compute_dtype(block.dtype))
                     fresh[owner.index] = kernels.materialise(block.tensor, amount, direction.noise(block))
-                self.model.get_submodule(owner.path)._parameters[owner.leaf] = fresh[owner.index]  # type: ignore[assignment]
+                owner.module._parameters[owner.leaf] = fresh[owner.index]  # type: ignore[assignment]
                 if self._watch:
                     self._watch.expect(block.name, fresh[owner.index])
 
     def _restore(self, owners: list[_Owner], *hook_arguments: Any) -> None:
         for owner in owners:
-            parameters = self.model.get_submodule(owner.path)._parameters
+            parameters = owner.module._parameters
             scratch, parameters[owner.leaf] = parameters[owner.leaf], self.blocks[owner.index].tensor  # type: ignore[assignment]
             if self._watch and scratch is not None:
                 self._watch.forget(scratch)
@@ -132,8 +133,6 @@ class DenseSpace(Space):
                 report.loss = float(evaluate())
         finally:
             self._watch = None
-        if watch.written:
-            raise ValueError(f"the model writes {sorted(watch.written)[0]!r} in its forward; call model.eval(), or it cannot be probed")
         if watch.dropout:
             raise ValueError("the model draws dropout masks, so two probes of one direction would differ; call model.eval()")
         report.unread = [block.name for block in self.blocks if block.name not in watch.read]
@@ -147,6 +146,7 @@ class DenseSpace(Space):
                 lift = self.blocks[owner.index].name in leaked and path
                 hosts[path.rpartition(".")[0] if lift else path].append(owner)
         self._hosts = hosts
+        self._host_modules = {path: self.model.get_submodule(path) for path in hosts}
 
     def _check_resolution(self, direction: Direction, eps: float) -> SetupReport:
         """Compare ``W + eps u`` with ``W`` after rounding, on the first elements of every block."""

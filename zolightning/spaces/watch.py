@@ -17,7 +17,7 @@ _DROPOUT = (torch.ops.aten.native_dropout, torch.ops.aten.bernoulli, torch.ops.a
 
 
 class ProbeWatch(TorchDispatchMode):
-    """Records what the operations of a probe touch.
+    """Records what the operations of a probe touch, and stops them before they write a weight or buffer.
 
     Args:
         model: Its parameters and buffers must not be written.
@@ -25,9 +25,11 @@ class ProbeWatch(TorchDispatchMode):
 
     Attributes:
         leaked: Names of blocks whose base tensor was read.
-        written: Names of parameters and buffers that were written.
         read: Names of blocks whose perturbed tensor was read.
         dropout: Whether a random mask was drawn.
+
+    Raises:
+        ValueError: In the forward, before the write: an operation would write a parameter or buffer.
     """
 
     def __init__(self, model: nn.Module, blocks: tuple[Block, ...]) -> None:
@@ -37,7 +39,6 @@ class ProbeWatch(TorchDispatchMode):
         self._scratch: dict[int, str] = {}
         self._paused = False
         self.leaked: set[str] = set()
-        self.written: set[str] = set()
         self.read: set[str] = set()
         self.dropout = False
 
@@ -73,11 +74,15 @@ class ProbeWatch(TorchDispatchMode):
                 if address in self._scratch:
                     self.read.add(self._scratch[address])
         for position, argument in enumerate(func._schema.arguments):
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            self.dropout |= argument.name == "dropout_p" and bool(value)  # fused attention draws its mask itself
             if argument.alias_info is not None and argument.alias_info.is_write:
-                target = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in tree_leaves(target):
-                    if isinstance(tensor, Tensor) and (name := self._constants.get(_address(tensor))):
-                        self.written.add(name)
+                self._refuse_write(value)
+
+    def _refuse_write(self, target: Any) -> None:
+        for tensor in tree_leaves(target):
+            if isinstance(tensor, Tensor) and (address := _address(tensor)) and (name := self._constants.get(address)):
+                raise ValueError(f"the model writes {name!r} in its forward; call model.eval(), or it cannot be probed")
 
 
 def _address(tensor: Tensor) -> int:

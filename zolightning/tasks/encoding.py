@@ -136,6 +136,8 @@ class Collator:
 
     * ``scored`` ``[R]``: number of tokens at the end of the sequence to score; ``example`` ``[R]``: its example, from 0
       to B - 1; ``choice`` ``[R]``: its candidate; ``correct`` ``[R]``: 1 where that candidate is right;
+    * ``max_scored`` and ``num_choices``, plain integers that save a look at the device: the largest ``scored``, and one more
+      than the largest ``choice``;
     * ``prompt_ids`` and ``prompt_mask`` ``[B, T']``, only where text is generated.
 
     Args:
@@ -153,9 +155,9 @@ class Collator:
         self.pad_id = next(number for number in ids if number is not None)
         self.one_forward = one_forward
 
-    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
         """Pad and stack examples."""
-        batch = {
+        batch: dict[str, Any] = {
             "label": torch.tensor([example.label for example in examples]),
             "index": torch.tensor([example.index for example in examples]),
         }
@@ -171,6 +173,8 @@ class Collator:
             "correct": [right for e in examples for right in e.correct],
         }
         batch.update({name: torch.tensor(values, dtype=torch.int64) for name, values in columns.items()})
+        batch["max_scored"] = max(columns["scored"], default=0)
+        batch["num_choices"] = max(columns["choice"], default=0) + 1
         prompts = [example.prompt for example in examples if example.prompt is not None]
         if prompts:
             batch["prompt_ids"], batch["prompt_mask"] = self._pad(prompts)
