@@ -104,7 +104,7 @@ def best_lr(config: dict[str, Any], done: dict[tuple[Any, ...], ledger.Row], met
     usable = [row for row in rows if row["loss"] == row["loss"]]
     if not usable:
         return None
-    return float(min(usable, key=lambda row: row.get("loss_corrected", row["loss"]))["lr"])
+    return float(min(usable, key=lambda row: float(row["loss_corrected"] if "loss_corrected" in row else row["loss"]))["lr"])
 
 
 def execute(run: Run) -> str:
@@ -136,7 +136,8 @@ def execute(run: Run) -> str:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
-        row = {name: getattr(run, name) for name in _FIELDS} | {"forwards": stepper.forwards, "tokens": tokens, "seconds": round(seconds, 2)}
+        row = {name: getattr(run, name) for name in _FIELDS}
+        row |= {"forwards": stepper.forwards, "tokens": tokens, "seconds": round(seconds, 2)}
         row |= {name: round(value, 6) for name, value in evaluate(model, data, device).items()}
         row |= {"final": target == run.forwards_asked, "machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
         ledger.append(Path(run.settings["ledger"]), row)
@@ -169,7 +170,8 @@ def main() -> None:
         for run in next_runs(config):
             print(*run.key)
         return
-    start, running, failed = time.monotonic(), {}, set()
+    start, failed = time.monotonic(), set()
+    running: dict[tuple[Any, ...], Any] = {}
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         while True:
             if time.monotonic() - start < arguments.seconds:

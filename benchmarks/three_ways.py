@@ -1,6 +1,6 @@
 """One run through the command line, through a user's subclass and through a plain loop: the same weights?
 
-    python -m benchmarks.three_ways --pretrained FOLDER --data FOLDER --dtype bfloat16 --steps 300 --out docs/results/three_ways.json
+python -m benchmarks.three_ways --pretrained FOLDER --data FOLDER --dtype bfloat16 --steps 300 --out docs/results/three_ways.json
 """
 
 from __future__ import annotations

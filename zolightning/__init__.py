@@ -35,14 +35,25 @@ _HOME = {
 __all__ = [*_HOME, "testing"]
 
 if TYPE_CHECKING:
-    from zolightning import testing
-    from zolightning.estimators import Estimator, TwoPoint
-    from zolightning.modules import ZOFinetuneModule, ZOModule
-    from zolightning.objectives import CandidateCrossEntropy, Objective, TokenCrossEntropy
-    from zolightning.optim import SGD, Rule, ZOOptimizer
-    from zolightning.samplers import GaussianSampler, RademacherSampler, Sampler
-    from zolightning.spaces import DenseSpace, Space
-    from zolightning.tasks import Task, TaskDataModule, TemplateTask
+    import zolightning.testing as testing
+    from zolightning.estimators import Estimator as Estimator
+    from zolightning.estimators import TwoPoint as TwoPoint
+    from zolightning.modules import ZOFinetuneModule as ZOFinetuneModule
+    from zolightning.modules import ZOModule as ZOModule
+    from zolightning.objectives import CandidateCrossEntropy as CandidateCrossEntropy
+    from zolightning.objectives import Objective as Objective
+    from zolightning.objectives import TokenCrossEntropy as TokenCrossEntropy
+    from zolightning.optim import SGD as SGD
+    from zolightning.optim import Rule as Rule
+    from zolightning.optim import ZOOptimizer as ZOOptimizer
+    from zolightning.samplers import GaussianSampler as GaussianSampler
+    from zolightning.samplers import RademacherSampler as RademacherSampler
+    from zolightning.samplers import Sampler as Sampler
+    from zolightning.spaces import DenseSpace as DenseSpace
+    from zolightning.spaces import Space as Space
+    from zolightning.tasks import Task as Task
+    from zolightning.tasks import TaskDataModule as TaskDataModule
+    from zolightning.tasks import TemplateTask as TemplateTask
 
 
 def __getattr__(name: str) -> Any:

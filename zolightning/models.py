@@ -44,7 +44,7 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load model {pretrained!r}: {_first_line(error)}") from error
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return model.to(device).eval()
 
 
 def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

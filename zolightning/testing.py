@@ -36,6 +36,9 @@ _STANDARD_ERRORS = 5.0
 class _Quadratic(nn.Module):
     r"""The loss :math:`\frac12 \theta^\top A \theta + b^\top \theta` of three blocks, 29 elements in all."""
 
+    a: Tensor
+    b: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -146,7 +149,9 @@ def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2) -> 
         _check_errors(space, closure, direction, eps, before)
         for index, block in enumerate(space.blocks):
             seen = _responds(space, closure, direction, index, eps)
-            assert seen != (block.name in report.unread), f"{block.name}: {'read' if seen else 'not perturbed'}, but the report says otherwise"
+            assert seen != (block.name in report.unread), (
+                f"{block.name}: {'read' if seen else 'not perturbed'}, but the report says otherwise"
+            )
         before.check("probing block by block")
         _check_move(space, direction, before)
 
@@ -183,9 +188,7 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _check_probes(
-    space: Space, closure: Callable[[], Any], direction: Direction, second: Direction, eps: float, before: _State
-) -> None:
+def _check_probes(space: Space, closure: Callable[[], Any], direction: Direction, second: Direction, eps: float, before: _State) -> None:
     def loss(along: Direction, distance: float) -> float:
         with space.probe(along, distance):
             return float(closure())

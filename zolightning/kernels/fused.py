@@ -48,7 +48,10 @@ def _u32(value):
 
 
 @triton.jit(do_not_specialize=_SCALARS)
-def _materialise(out, weight, amount, k0, k1, block, step, query, numel, GAUSSIAN: tl.constexpr, BF16: tl.constexpr, OCTETS: tl.constexpr):  # fmt: skip
+def _materialise(
+    out, weight, amount, k0, k1, block, step, query, numel,
+    GAUSSIAN: tl.constexpr, BF16: tl.constexpr, OCTETS: tl.constexpr,
+):  # fmt: skip
     octet = tl.program_id(0) * OCTETS + tl.arange(0, OCTETS)
     at = tl.program_id(0).to(tl.int64) * (OCTETS * 8) + tl.arange(0, OCTETS * 8)
     z = draw(_u32(k0), _u32(k1), octet.to(tl.uint32), _u32(block), _u32(step), _u32(query), GAUSSIAN)

@@ -91,9 +91,7 @@ def box_muller(a, b):
 def draw(k0, k1, octet, block, step, query, GAUSSIAN: tl.constexpr):
     """The noise of elements ``8 * octet`` to ``8 * octet + 7``: float32, shape ``[8 * len(octet)]``.
 
-    Args:
-        octet: uint32, shape ``[N]``: flat index divided by 8.
-        query: uint32 scalar; the purpose is the direction's (0).
+    ``octet`` is the flat index divided by 8: uint32, shape ``[N]``; the key's words are uint32 scalars.
     """
     if GAUSSIAN:
         first = octet * 2

@@ -79,7 +79,8 @@ class ZOModule(pl.LightningModule):
             ValueError: ``Trainer.precision`` is not 32-true.
         """
         if self.trainer.precision != "32-true":
-            raise ValueError(f"trainer.precision={self.trainer.precision!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
+            given = self.trainer.precision
+            raise ValueError(f"trainer.precision={given!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
 
     def configure_model(self) -> None:
         """Load the base model once, straight onto the module's device."""

@@ -80,10 +80,10 @@ class ZOFinetuneModule(ZOModule):
         """One step on one batch, whatever the number of directions."""
         bound = self.batch_objective().on(self.language_model, batch, self.micro_batch_size)
         # Lightning wraps the closure, so its second form travels beside it.
-        loss: Tensor = self.optimizers().step(bound, rows=bound.rows)  # type: ignore[union-attr, call-arg]
+        loss: Tensor = self.optimizers().step(bound, rows=bound.rows)  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
         if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
         optimizer = self.zo_optimizer
         self.log("train/loss", loss, prog_bar=True)
         assert optimizer.coefficients is not None

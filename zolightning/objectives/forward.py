@@ -29,7 +29,8 @@ def last_logits(model: nn.Module, batch: Batch, positions: int) -> Tensor:
         ``[R, positions, V]``, in the type that the model computes.
     """
     mask = batch["attention_mask"]
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's own signature hides the model's
+    base: Any = getattr(model, "get_base_model", None)  # peft's own signature hides the model's
+    inner = base() if base is not None else model
     accepted = _accepts(type(inner).forward)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if "position_ids" in accepted:

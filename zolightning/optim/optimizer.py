@@ -18,6 +18,7 @@ from zolightning.optim.rules import SGD, Rule
 from zolightning.samplers.base import Sampler
 from zolightning.samplers.gaussian import GaussianSampler
 from zolightning.spaces.base import SetupReport, Space
+from zolightning.spaces.interrupts import uninterrupted
 
 log = logging.getLogger("zolightning")
 
@@ -33,10 +34,11 @@ class Rows(Protocol):
 class ZOOptimizer(torch.optim.Optimizer):
     r"""Steps from loss values alone.
 
-    One step draws directions :math:`u_q`, evaluates the loss at the estimator's probes :math:`\theta \pm \epsilon u_q` and
-    moves the weights by the rule. With the defaults,
+    One step draws directions :math:`u_q`, evaluates the loss at the estimator's probes :math:`\theta \pm \epsilon u_q`
+    and moves the weights by the rule. With the defaults,
 
-    .. math:: \theta_i \leftarrow \theta_i - \eta\, \frac{\ell(\theta + \epsilon u) - \ell(\theta - \epsilon u)}{2 \epsilon}\, \sigma_i z_i .
+    .. math:: \theta_i \leftarrow \theta_i - \eta\, \frac{\ell(\theta + \epsilon u) - \ell(\theta - \epsilon u)}{2 \epsilon}
+              \, \sigma_i z_i .
 
     The weights are read-only while probing and 16-bit weights are rounded stochastically in the update, so small learning rates
     work in bfloat16 and float16. All randomness is a pure function of ``(seed, step)``. A step whose loss is not finite is
@@ -154,17 +156,18 @@ class ZOOptimizer(torch.optim.Optimizer):
         valid = torch.isfinite(stacked).all()
         self.coefficients = self.estimator.coefficients(stacked, group["eps"])
         weights, decay = self.rule.move(self.coefficients, group["lr"])
-        self.space.move(directions, weights, decay, valid)
-        group["step"] += 1
-        group["forwards"] += len(losses)
+        with uninterrupted():  # the weights and their step counter move together
+            self.space.move(directions, weights, decay, valid)
+            group["step"] += 1
+            group["forwards"] += len(losses)
         self._count_skipped(valid)
         return stacked.mean()
 
     def _loss(self, evaluate: Callable[[], Any]) -> Tensor:
-        loss = torch.as_tensor(evaluate())
+        loss = torch.as_tensor(evaluate(), dtype=self.space.compute_dtype, device=self.space.device)
         if loss.dim() != 0:
             raise ValueError(f"the closure must return a 0-d loss, got shape {tuple(loss.shape)}")
-        return loss.to(self.space.device, self.space.compute_dtype)
+        return loss
 
     def _set_up(self, evaluate: Callable[[], Tensor], direction: Any, eps: float) -> SetupReport:
         report = self.space.verify(evaluate, direction, eps)
@@ -196,7 +199,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         saved = sum(len(group["params"]) for group in state_dict["param_groups"])
         if saved != len(self.space.blocks):
-            raise ValueError(f"the optimizer state is of {saved} blocks, this space has {len(self.space.blocks)}: a checkpoint of another model?")
+            own = len(self.space.blocks)
+            raise ValueError(f"the optimizer state is of {saved} blocks, this space has {own}: a checkpoint of another model?")
         super().load_state_dict(state_dict)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zolightning import kernels
@@ -20,7 +19,6 @@ from zolightning.spaces.base import SetupReport, Space
 from zolightning.spaces.interrupts import uninterrupted
 from zolightning.spaces.resolution import resolvable_eps
 from zolightning.spaces.watch import ProbeWatch
-
 
 _SAMPLE = 1 << 16  # elements of a block that the resolution check looks at
 
@@ -68,7 +66,9 @@ class DenseSpace(Space):
         chosen = [(key, Block(name, t)) for key, (name, t) in first.items() if _moves(name, t, include, exclude)]
         if not chosen:
             frozen = sum(not t.requires_grad for _, t in first.values())
-            raise ValueError(f"nothing to move: {len(first)} parameters, {frozen} of them frozen, include={list(include)}, exclude={list(exclude)}")
+            raise ValueError(
+                f"nothing to move: {len(first)} parameters, {frozen} of them frozen, include={list(include)}, exclude={list(exclude)}"
+            )
         super().__init__(model, [block for _, block in chosen])
         self._hosts: dict[str, list[_Owner]] = defaultdict(list)  # path of the module whose forward swaps -> the owners it swaps
         for index, (key, _) in enumerate(chosen):
@@ -82,10 +82,11 @@ class DenseSpace(Space):
         amounts = (direction.scales.to(self.compute_dtype) * distance).unbind()
         handles = []
         try:
-            for path, owners in self._hosts.items():
-                host = self._host_modules[path]
-                handles.append(host.register_forward_pre_hook(partial(self._swap, owners, direction, amounts)))
-                handles.append(host.register_forward_hook(partial(self._restore, owners), always_call=True))
+            with uninterrupted():  # between a hook and its handle an interrupt would leave the hook for good
+                for path, owners in self._hosts.items():
+                    host = self._host_modules[path]
+                    handles.append(host.register_forward_pre_hook(partial(self._swap, owners, direction, amounts)))
+                    handles.append(host.register_forward_hook(partial(self._restore, owners), always_call=True))
             yield
         finally:
             with uninterrupted():
@@ -122,7 +123,9 @@ class DenseSpace(Space):
             leaked = self._watched_probe(evaluate, direction, eps, report)
         if leaked:
             names = ", ".join(repr(name) for name in sorted(leaked))
-            raise ValueError(f"{names}: read outside the forward of its module and of the module's parent, so a probe would miss it; exclude it")
+            raise ValueError(
+                f"{names}: read outside the forward of its module and of the module's parent, so a probe would miss it; exclude it"
+            )
         return report
 
     def _watched_probe(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, report: SetupReport) -> set[str]:
@@ -170,7 +173,7 @@ class DenseSpace(Space):
 
 
 def _moves(name: str, parameter: Tensor, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    if not (parameter.is_floating_point() and parameter.requires_grad):
+    if not (parameter.is_floating_point() and parameter.requires_grad and parameter.numel()):
         return False
     if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
         return False

@@ -23,7 +23,7 @@ def uninterrupted() -> Iterator[None]:
         held.append(number)
 
     # A handler of None was not installed from Python and could not be put back.
-    before = {s: signal.signal(s, hold) for s in _SIGNALS if signal.getsignal(s) is not None}
+    before = {int(s): signal.signal(s, hold) for s in _SIGNALS if signal.getsignal(s) is not None}
     try:
         yield
     finally:

@@ -125,7 +125,4 @@ class MultiRC(ClassificationTask):
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         """The paragraph, the question and the proposed answer."""
-        return (
-            f"{row['paragraph']}\nQuestion: {row['question']}\n"
-            f'I found this answer "{row["answer"]}". Is that correct? Yes or No?\n'
-        )
+        return f'{row["paragraph"]}\nQuestion: {row["question"]}\nI found this answer "{row["answer"]}". Is that correct? Yes or No?\n'

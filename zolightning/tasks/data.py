@@ -269,9 +269,7 @@ class TaskDataModule(lightning.LightningDataModule):
                 example = self.task.example(row)
                 if labelled and not example.is_labelled:
                     raise ValueError(f"no label in column {self.task.target!r}: {row[self.task.target]!r}")
-                encoded = encode_example(
-                    tokenizer, self.task, example, index=index, max_length=self.max_length, training=training
-                )
+                encoded = encode_example(tokenizer, self.task, example, index=index, max_length=self.max_length, training=training)
             except ValueError as error:
                 raise ValueError(f"{source.where}, row {number}: {error}") from None
             split.examples.append(example)

@@ -79,9 +79,7 @@ def encode(tokenizer: Tokenizer, prompt: str, continuation: str, max_length: int
     return _shorten(ids, max_length), _count_scored(prompt_ids, ids, continuation, max_length)
 
 
-def encode_example(
-    tokenizer: Tokenizer, task: Task, example: Example, *, index: int, max_length: int, training: bool
-) -> Encoded:
+def encode_example(tokenizer: Tokenizer, task: Task, example: Example, *, index: int, max_length: int, training: bool) -> Encoded:
     """Tokenise what a task scores of one example.
 
     Args:
@@ -108,14 +106,11 @@ def encode_example(
         label=-1 if example.label is None else example.label,
         sequences=tuple(torch.tensor(_shorten(full, max_length)) for full in fulls),
         scored=tuple(
-            _count_scored(prompt, full, tail, max_length)
-            for prompt, full, (_, _, tail) in zip(prompts, fulls, parts, strict=True)
+            _count_scored(prompt, full, tail, max_length) for prompt, full, (_, _, tail) in zip(prompts, fulls, parts, strict=True)
         ),
         choices=tuple(choice for choice, _, _ in parts),
         correct=tuple(task.objective == "answer" or choice in right for choice, _, _ in parts),
-        prompt=None
-        if training or task.objective != "answer"
-        else _generation_prompt(tokenizer, task, example, max_length),
+        prompt=None if training or task.objective != "answer" else _generation_prompt(tokenizer, task, example, max_length),
         one_token=all(full[:-1] == prompts[0] for full in fulls),
     )
 
@@ -166,7 +161,7 @@ class Collator:
             batch["candidates"] = torch.stack([torch.stack([ids[-1] for ids in e.sequences]) for e in examples])
             return batch
         batch["input_ids"], batch["attention_mask"] = self._pad([ids for e in examples for ids in e.sequences])
-        columns = {
+        columns: dict[str, list[int]] = {
             "scored": [count for e in examples for count in e.scored],
             "example": [number for number, e in enumerate(examples) for _ in e.sequences],
             "choice": [choice for e in examples for choice in e.choices],
@@ -211,8 +206,7 @@ def _count_scored(prompt_ids: list[int], ids: list[int], continuation: str, max_
         raise ValueError(f"continuation {continuation!r} adds no token to the prompt")
     if scored >= min(len(ids), max_length):
         raise ValueError(
-            f"{scored} tokens to score need a prompt token before them: "
-            f"the prompt has {len(prompt_ids)} and max_length is {max_length}"
+            f"{scored} tokens to score need a prompt token before them: the prompt has {len(prompt_ids)} and max_length is {max_length}"
         )
     return scored
 
