@@ -74,33 +74,34 @@ def next_runs(config: dict[str, Any]) -> list[Run]:
     done = finished(config)
     wanted: list[Run] = []
     for method, model, task in cells(config):
-        lrs = [float(lr) for lr in config["methods"][method].get("lrs", config["search"]["lrs"])]
-        searches = [make_run(config, "search", method, model, task, config["search"]["seed"], lr) for lr in lrs]
-        if config["methods"][method].get("lr_of"):  # shares the rate that another method found
-            searches = []
-        missing = [run for run in searches if run.key not in done]
-        if missing:
-            wanted += missing
+        source = config["methods"][method].get("lr_of", method)  # a method may share the rate that another one found
+        searches = pending_searches(config, done, source, model, task)
+        best = best_lr(done, source, model, task)
+        if searches or best is None:
+            wanted += searches if source == method else []
             continue
-        best = best_lr(config, done, method, model, task)
-        if best is None:
-            continue
-        if searches and best in (min(lrs), max(lrs)) and len(lrs) > 1:
-            edge = min(lrs) / config["search"]["factor"] if best == min(lrs) else max(lrs) * config["search"]["factor"]
-            extra = make_run(config, "search", method, model, task, config["search"]["seed"], float(f"{edge:.3g}"))
-            if extra.key not in done:
-                wanted.append(extra)
-                continue
-            best = best_lr(config, done, method, model, task) or best
         seeds = config["methods"][method].get("seeds", config["final"]["seeds"])
         wanted += [make_run(config, "final", method, model, task, seed, best) for seed in seeds]
     return [run for run in wanted if run.key not in done]
 
 
-def best_lr(config: dict[str, Any], done: dict[tuple[Any, ...], ledger.Row], method: str, model: str, task: str) -> float | None:
+def pending_searches(config: dict[str, Any], done: dict[tuple[Any, ...], ledger.Row], method: str, model: str, task: str) -> list[Run]:
+    """The searches that are still to run: the listed rates, then one point beyond an end that won."""
+    search = config["search"]
+    lrs = [float(lr) for lr in config["methods"][method].get("lrs", search["lrs"])]
+    runs = [make_run(config, "search", method, model, task, search["seed"], lr) for lr in lrs]
+    missing = [run for run in runs if run.key not in done]
+    best = best_lr(done, method, model, task)
+    if missing or best not in (min(lrs), max(lrs)) or len(lrs) == 1:
+        return missing
+    edge = best / search["factor"] if best == min(lrs) else best * search["factor"]
+    extra = make_run(config, "search", method, model, task, search["seed"], float(f"{edge:.3g}"))
+    return [] if extra.key in done else [extra]
+
+
+def best_lr(done: dict[tuple[Any, ...], ledger.Row], method: str, model: str, task: str) -> float | None:
     """The searched rate with the lowest bias-corrected loss (raw where there is none) on held-out training rows."""
-    source = config["methods"][method].get("lr_of", method)
-    rows = [row for row in done.values() if (row["stage"], row["method"], row["model"], row["task"]) == ("search", source, model, task)]
+    rows = [row for row in done.values() if (row["stage"], row["method"], row["model"], row["task"]) == ("search", method, model, task)]
     usable = [row for row in rows if row["loss"] == row["loss"]]
     if not usable:
         return None

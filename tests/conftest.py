@@ -1,9 +1,8 @@
-"""Set-up shared by all tests: Triton's interpreter where there is no GPU, one thread, an untouched global random state."""
+"""Set-up shared by all tests: Triton's interpreter where there is no GPU, one thread, a seeded global random state."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     """The same global random state for every test."""
     torch.manual_seed(0)
-    yield

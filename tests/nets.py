@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": {**_GROUPED, "head_dim": 8},
     "gpt2": {**_NAMES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "mamba": {**_NAMES, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0},
+    "mamba": {**_NAMES, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0, "initializer_range": 0.5},
     "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
 

@@ -60,7 +60,7 @@ class _Quadratic(nn.Module):
         return self.a @ self.theta() + self.b
 
 
-def check_sampler(sampler: Sampler, draws: int = 2000) -> None:
+def check_sampler(sampler: Sampler, draws: int = 1200) -> None:
     r"""Noise is a pure function of its key, has the declared second moment, and gives :math:`E[\hat g] = m \Sigma^2 g`.
 
     The last is measured with central differences on a quadratic. The sampler is left bound to the test's own small space.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import reference
 import torch
 from nets import Net, bits, net_closure, padded, state_bits, tiny
-from torch import nn
 
 from zolightning import kernels
 from zolightning.estimators import TwoPoint
@@ -80,26 +77,22 @@ def test_noise_far_into_a_large_tensor() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_coefficients_same_weights(dtype: torch.dtype, sampler: type[Sampler]) -> None:
     """Where the losses agree, a run on the GPU and one on the CPU end with the same bits."""
-    results = []
-    for device in (CPU, CUDA):
-        model = Net(dtype).eval().to(device)
-        space = DenseSpace(model)
-        optimizer = ZOOptimizer(space, sampler(), TwoPoint(2), lr=0.01, eps=0.1, rule=SGD(0.01))
+    assert run_with_given_losses(dtype, sampler(), CPU) == run_with_given_losses(dtype, sampler(), CUDA)
 
-        def losses(model: nn.Module = model, device: torch.device = device) -> Callable[[], torch.Tensor]:
-            table = iter(torch.linspace(0.5, 1.5, 41).tolist())
 
-            def closure() -> torch.Tensor:
-                model(torch.zeros(1, 5, device=device, dtype=dtype))
-                return torch.tensor(next(table), device=device)
+def run_with_given_losses(dtype: torch.dtype, sampler: Sampler, device: torch.device) -> dict[str, bytes]:
+    """Ten steps whose probe losses come from a list."""
+    model = Net(dtype).eval().to(device)
+    optimizer = ZOOptimizer(DenseSpace(model), sampler, TwoPoint(2), lr=0.01, eps=0.1, rule=SGD(0.01))
+    losses = iter(torch.linspace(0.5, 1.5, 41).tolist())  # 1 for the set-up, 4 a step
 
-            return closure
+    def closure() -> torch.Tensor:
+        model(torch.zeros(1, 5, device=device, dtype=dtype))
+        return torch.tensor(next(losses), device=device)
 
-        closure = losses()
-        for _ in range(10):
-            optimizer.step(closure)
-        results.append(state_bits(model))
-    assert results[0] == results[1]
+    for _ in range(10):
+        optimizer.step(closure)
+    return state_bits(model)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,7 +18,7 @@ def test_biases_are_the_optimum(candidates: int) -> None:
     labels = torch.randint(0, candidates, (200,))
     biases = fit_biases(scores, labels).requires_grad_()
     assert biases.dtype == torch.float64
-    assert float(biases[0]) == 0.0
+    assert biases[0].item() == 0.0
     loss = F.cross_entropy(scores.double() + biases, labels)
     (gradient,) = torch.autograd.grad(loss, biases)
     assert float(gradient[1:].abs().max()) < 1e-4
@@ -27,7 +27,7 @@ def test_biases_are_the_optimum(candidates: int) -> None:
             for move in (-0.05, 0.05):
                 other = biases.clone()
                 other[k] += move
-                assert float(F.cross_entropy(scores.double() + other, labels)) > float(loss)
+                assert float(F.cross_entropy(scores.double() + other, labels)) > loss.item()
 
 
 def test_biases_against_brute_force() -> None:

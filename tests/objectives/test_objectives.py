@@ -155,7 +155,7 @@ def test_losses_are_wide(case: str, dtype: torch.dtype) -> None:
 
 def test_missing_candidates_have_no_weight() -> None:
     """An example with fewer candidates than the others: their score is minus infinity, its loss is over its own."""
-    model, ragged = tiny("llama", torch.float64), [group + [[60]] if b == 0 else group for b, group in enumerate(LONG)]
+    model, ragged = tiny("llama", torch.float64), [[*group, [60]] if b == 0 else group for b, group in enumerate(LONG)]
     scores = candidate_scores(model, sequences(ragged, [2, 1, 1, 0, 0]))
     assert torch.equal(scores.isinf(), torch.tensor([[False, False, b > 0] for b in range(5)]))
     plain = candidate_scores(model, sequences(LONG, [0, 1, 1, 0, 0]))

@@ -33,6 +33,12 @@ def run(model: nn.Module, optimizer: ZOOptimizer, schedule: torch.optim.lr_sched
         schedule.step()
 
 
+def run_bad(optimizer: ZOOptimizer, steps: int) -> None:
+    """Steps whose loss is not a number."""
+    for _ in range(steps):
+        optimizer.step(lambda: torch.tensor(float("nan")))
+
+
 def through_a_file(state: Any) -> Any:
     """Save and load."""
     buffer = io.BytesIO()
@@ -72,15 +78,13 @@ def test_skipped_steps_in_a_row_survive() -> None:
     """A stop after many bad steps counts those before the checkpoint too."""
     model, optimizer, _ = fresh(torch.float32, GaussianSampler(), max_skipped=4)
     optimizer.step(net_closure(model))
-    for _ in range(2):
-        optimizer.step(lambda: torch.tensor(float("nan")))
+    run_bad(optimizer, 2)
     again, other, _ = fresh(torch.float32, GaussianSampler(), max_skipped=4)
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     other.setup_report = optimizer.setup_report
     with pytest.raises(RuntimeError, match="7 steps in a row"):
-        for _ in range(5):
-            other.step(lambda: torch.tensor(float("nan")))
-    assert state_bits(again) == state_bits(Net())
+        run_bad(other, 5)
+    assert state_bits(again) == state_bits(Net()), "no bad step moved the fresh model"
 
 
 def test_state_of_another_model() -> None:
