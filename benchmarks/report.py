@@ -81,7 +81,7 @@ def curve(rows: list[Row], path: Path) -> None:
         for (method, lr), own in groups(kept, "method", "lr").items():
             points = sorted(groups(own, "forwards").items())
             x = [forwards for (forwards,), _ in points]
-            values = [[row.get(name, row["loss"]) for row in at] for _, at in points]
+            values = [[float(row[name] if name in row else row["loss"]) for row in at] for _, at in points]
             (drawn,) = axis.plot(x, [statistics.mean(v) for v in values], label=f"{method}, lr {lr:g}")
             axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=drawn.get_color(), alpha=0.15)
         if "constant_loss" in kept[0]:
@@ -100,7 +100,12 @@ def main() -> None:
     path: Path = parser.parse_args().ledger
     rows = ledger.read(path)
     made = sorted({(row["machine"], row["commit"], row["torch"]) for row in rows})
-    text = ["<!-- Written by benchmarks/report.py. -->", "", "Before and after, on all validation rows (mean ± standard deviation over seeds):", ""]
+    text = [
+        "<!-- Written by benchmarks/report.py. -->",
+        "",
+        "Before and after, on all validation rows (mean ± standard deviation over seeds):",
+        "",
+    ]
     text += [*final_table(rows), "", f"![curves]({path.stem}.png)", "", "Search, loss on held-out training rows, raw / bias-corrected:", ""]
     text += [*search_table(rows), "", "Made by: " + "; ".join(f"{m}, commit {c}, torch {t}" for m, c, t in made) + "."]
     path.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")

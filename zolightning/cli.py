@@ -12,10 +12,12 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from zolightning.callbacks import RunCheckpoint
 from zolightning.modules import ZOModule
 
+_PACKAGE = Path(__file__).parent
 # Lines of jsonargparse that repeat the type hint instead of the reason.
 _NOISE = re.compile(r"Does not validate against any of the Union subtypes|^\s*Subtypes: |^\s*Given value type: |^\s*Errors:\s*$")
 
@@ -77,17 +79,27 @@ def main(args: ArgsType = None) -> ZOCLI:
             save_config_kwargs={"overwrite": True},
             args=args,
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        if not _is_ours(error):
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error itself: then it is a message to the user, not a bug."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(__file__).parent in Path(frames[-1].filename).parents
+def user_message(error: BaseException | None) -> str | None:
+    """What to tell the user, or ``None`` where the error is a bug and deserves its traceback.
+
+    An error that this package raised itself, anywhere in the chain, is a message; so are Lightning's complaints about settings
+    and files that are not there.
+    """
+    outer = error
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, (ValueError, OSError, RuntimeError)) and frames and _PACKAGE in Path(frames[-1].filename).parents:
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return str(outer) if isinstance(outer, (FileNotFoundError, MisconfigurationException)) else None
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ def _make_tokenizer(bos: bool = True, pad: bool = True) -> PreTrainedTokenizerFa
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="</s>", pad_token="<pad>" if pad else None
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>", pad_token="<pad>" if pad else None)
 
 
 @pytest.fixture

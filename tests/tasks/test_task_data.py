@@ -158,9 +158,7 @@ def test_answer_task(write: Write, tokenizer: Any) -> None:
 
 def test_test_and_predict(write: Write, tokenizer: Any) -> None:
     train = write("train.jsonl", reviews(20))
-    data = TaskDataModule(
-        train_file=train, test_file=write("test.jsonl", reviews(7, labelled=False)), tokenizer=tokenizer
-    )
+    data = TaskDataModule(train_file=train, test_file=write("test.jsonl", reviews(7, labelled=False)), tokenizer=tokenizer)
     data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
     assert batch["label"].tolist() == [-1] * 7

@@ -16,9 +16,7 @@ PAIR = TemplateTask("{text}", [" terrible", " great"])
 ANSWER = TemplateTask("{text}", answer="answer")
 
 
-def encoded(
-    tokenizer: Any, task: Any, example: Example, index: int = 0, training: bool = False, length: int = 64
-) -> Any:
+def encoded(tokenizer: Any, task: Any, example: Example, index: int = 0, training: bool = False, length: int = 64) -> Any:
     return encode_example(tokenizer, task, example, index=index, max_length=length, training=training)
 
 
@@ -182,9 +180,7 @@ def test_both_forms_give_the_same_scores(tokenizer: Any, max_length: int) -> Non
     )
     model = LlamaForCausalLM(config).double().eval()
     texts = ["a fine film . It was", "dull", "the story . It was"]
-    rows: list[Encoded] = [
-        encoded(tokenizer, PAIR, Example(text, (" terrible", " great"), 1), length=max_length) for text in texts
-    ]
+    rows: list[Encoded] = [encoded(tokenizer, PAIR, Example(text, (" terrible", " great"), 1), length=max_length) for text in texts]
 
     def log_probabilities(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask = batch["attention_mask"]
@@ -197,9 +193,7 @@ def test_both_forms_give_the_same_scores(tokenizer: Any, max_length: int) -> Non
     scores_a = log_probabilities(a)[:, -1].gather(1, a["candidates"])
     b = Collator(tokenizer, one_forward=False)(rows)
     scores_b = torch.zeros(3, 2, dtype=torch.float64)
-    for table, ids, n, e, k in zip(
-        log_probabilities(b), b["input_ids"], b["scored"], b["example"], b["choice"], strict=True
-    ):
+    for table, ids, n, e, k in zip(log_probabilities(b), b["input_ids"], b["scored"], b["example"], b["choice"], strict=True):
         scores_b[e, k] = table[-n - 1 : -1].gather(1, ids[-n:, None]).mean()
     torch.testing.assert_close(scores_a, scores_b)
 

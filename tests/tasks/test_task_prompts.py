@@ -25,9 +25,7 @@ CASES: list[tuple[str, dict[str, Any], Example]] = [
     (
         "cb",
         {"premise": "It is so. I think.", "hypothesis": "it is so", "label": 2},
-        Example(
-            'Suppose It is so. I think. Can we infer that "it is so"? Yes, No, or Maybe?\n', ("Yes", "No", "Maybe"), 2
-        ),
+        Example('Suppose It is so. I think. Can we infer that "it is so"? Yes, No, or Maybe?\n', ("Yes", "No", "Maybe"), 2),
     ),
     (
         "rte",
@@ -57,8 +55,7 @@ CASES: list[tuple[str, dict[str, Any], Example]] = [
         "wic",
         {"word": "class", "sentence1": "A new class.", "sentence2": "She has class.", "label": 0},
         Example(
-            'Does the word "class" have the same meaning in these two sentences? Yes, No?\n'
-            "A new class.\nShe has class.\n",
+            'Does the word "class" have the same meaning in these two sentences? Yes, No?\nA new class.\nShe has class.\n',
             ("No", "Yes"),
             0,
         ),

@@ -97,7 +97,5 @@ def test_csv_keeps_words_that_look_missing(tmp_path: Path, tokenizer: Any) -> No
 def test_missing_column_names_file_and_row(write: Callable[..., str], tokenizer: Any) -> None:
     file = write("mine.jsonl", [{"text": "a film", "lable": 1}] * 10)
     data = TaskDataModule(TemplateTask("{text} It was", THREE), train_file=file, tokenizer=tokenizer)
-    with pytest.raises(
-        ValueError, match=r"mine.jsonl, row \d: column 'label' is missing; the columns are: text, lable$"
-    ):
+    with pytest.raises(ValueError, match=r"mine.jsonl, row \d: column 'label' is missing; the columns are: text, lable$"):
         data.setup("fit")

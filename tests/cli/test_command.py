@@ -1,0 +1,117 @@
+"""The ``zolightning`` command as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def blocks(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's checkpoint; nothing but plain data is unpickled."""
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return {name: tensor.view(torch.int16) for name, tensor in checkpoint["state_dict"].items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether all bits agree."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_fit_then_validate(run: Run, options: list[str], tmp_path: Path) -> None:
+    """Metrics, configuration and checkpoint lie in the run folder; validate reproduces the figures of the last evaluation."""
+    done = run("fit", *options, "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=6")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    assert (folder / "config.yaml").exists()
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["train/forwards"] for row in rows if row["train/forwards"]] == ["4.0", "8.0", "12.0"]
+    last = next(row for row in rows if row["val/loss"])
+    assert {"val/loss_corrected", "val/constant_loss", "val/accuracy_corrected"} <= last.keys()
+    checked = run("validate", *options, f"--ckpt_path={folder}/checkpoints/last.ckpt", f"--trainer.default_root_dir={tmp_path / 'val'}")
+    assert checked.returncode == 0, checked.stderr
+    assert last["val/loss"][:8] in checked.stdout
+
+
+def test_resume_in_the_middle_of_an_epoch(run: Run, options: list[str], tmp_path: Path) -> None:
+    """Ten batches an epoch: 4 + 9 steps equal 13 steps, bit for bit, learning rate schedule included."""
+    schedule = ["--model.lr_scheduler=torch.optim.lr_scheduler.LinearLR", "--model.lr_scheduler.total_iters=13"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, steps, more in (
+        (whole, 13, []),
+        (parts, 4, []),
+        (parts, 13, [f"--ckpt_path={parts}/checkpoints/last.ckpt"]),
+    ):
+        done = run("fit", *options, *schedule, *more, f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={folder}")
+        assert done.returncode == 0, done.stderr
+        if steps == 4:
+            early = blocks(parts)
+    assert same(blocks(whole), blocks(parts))
+    assert not same(early, blocks(parts))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.optimizer.eps=1e-7"], "eps=1e-07 is below what bfloat16 weights of this size resolve"),
+        (["--model.optimizer.lr=0"], "lr=0.0 must be positive"),
+        (["--model.optimizer.lr=-1e-6"], "lr=-1e-06 must be positive"),
+        (["--trainer.precision=bf16-mixed"], "trainer.precision='bf16-mixed': keep 32-true and set model.dtype"),
+        (["--trainer.precision=16-true"], "trainer.precision='16-true': keep 32-true and set model.dtype"),
+        (["--model.space.include=[nothing*]"], "pattern 'nothing*' matches no parameter"),
+        (["--model.space.exclude=['*']"], "nothing to move"),
+        (["--model.pretrained=/nowhere"], "cannot load"),
+        (["--model.micro_batch_size=0"], "micro_batch_size=0 must be at least 1"),
+        (["--model.epss=1"], "Option 'epss' is not accepted"),
+        (["--data.task=nope"], "unknown task 'nope'"),
+        (["--data.train_file=nope.jsonl"], "nope.jsonl"),
+        (["--ckpt_path=nope.ckpt"], "nope.ckpt"),
+        (["--config=nope.yaml"], "File does not exist"),
+    ],
+)
+def test_bad_input(
+    options: list[str], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One clear line and a non-zero status."""
+    from zolightning.cli import main
+
+    monkeypatch.setattr("sys.argv", ["zolightning"])
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *options, *arguments])
+    assert stop.value.code == 2
+    assert any(message in line and len(line) < 300 for line in capsys.readouterr().err.splitlines())
+
+
+def test_checkpoint_of_another_model(run: Run, options: list[str], tmp_path: Path) -> None:
+    """Refused by the first block that differs; the checkpoint stays as it is."""
+    assert run("fit", *options).returncode == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    done = run("fit", *options, "--model.dtype=float32", f"--ckpt_path={checkpoint}")
+    assert done.returncode == 2
+    assert "block 'model.embed_tokens.weight' is bfloat16" in done.stderr
+    assert checkpoint.read_bytes() == before
+
+
+def test_fp16_overflow(run: Run, options: list[str], tiny_folder: str, tmp_path: Path) -> None:
+    """A model that overflows is refused at the set-up probe."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(60000.0)
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "huge")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "huge")
+    done = run("fit", *options, f"--model.pretrained={tmp_path / 'huge'}", "--model.dtype=float16")
+    assert done.returncode == 2
+    assert "the loss at the set-up probe is" in done.stderr

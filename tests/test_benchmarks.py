@@ -1,0 +1,111 @@
+"""The measuring tools measure what they say."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import grid, ledger, report, three_ways
+from benchmarks.textbook import Textbook
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """Two methods, one of which shares the other's learning rate."""
+    return {
+        "ledger": str(folder / "ledger.jsonl"),
+        "models": {"m": "model"},
+        "tasks": {"t": {}},
+        "methods": {"a": {"build": "x"}, "b": {"build": "x", "lr_of": "a", "seeds": [0]}},
+        "search": {"seed": 9, "forwards": 10, "lrs": [1e-3, 1e-2], "factor": 10},
+        "final": {"seeds": [0, 1], "forwards": 40},
+    }
+
+
+def write(settings: dict[str, Any], run: grid.Run, loss: float) -> None:
+    """Pretend that a run has ended."""
+    row = {name: getattr(run, name) for name in grid._FIELDS} | {"final": True, "loss": loss, "loss_corrected": loss}
+    ledger.append(Path(settings["ledger"]), row)
+
+
+def test_grid_searches_then_adds_an_edge_then_runs(tmp_path: Path) -> None:
+    """An end of the list that wins gets one more point, once; then every seed runs with the best rate."""
+    settings = config(tmp_path)
+    first = grid.next_runs(settings)
+    assert [(run.stage, run.method, run.lr) for run in first] == [("search", "a", 1e-3), ("search", "a", 1e-2)]
+    for run in first:
+        write(settings, run, loss=1.0 - run.lr)
+    (edge,) = grid.next_runs(settings)
+    assert (edge.stage, edge.method, edge.lr) == ("search", "a", 0.1)
+    write(settings, edge, loss=0.5)
+    finals = [(run.stage, run.method, run.seed, run.lr) for run in grid.next_runs(settings)]
+    assert finals == [("final", "a", 0, 0.1), ("final", "a", 1, 0.1), ("final", "b", 0, 0.1)]
+
+
+def test_grid_resumes(tmp_path: Path) -> None:
+    """What is in the ledger is not run again; a torn last line does not matter."""
+    settings = config(tmp_path)
+    first = grid.next_runs(settings)
+    write(settings, first[0], loss=0.9)
+    with Path(settings["ledger"]).open("a") as file:
+        file.write('{"stage": "sea')
+    assert grid.next_runs(settings) == first[1:]
+
+
+def test_nan_is_never_the_best_rate(tmp_path: Path) -> None:
+    """A run that diverged loses."""
+    settings = config(tmp_path)
+    for run, loss in zip(grid.next_runs(settings), (0.9, float("nan")), strict=True):
+        write(settings, run, loss)
+    done = grid.finished(settings)
+    assert grid.best_lr(done, "a", "m", "t") == 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_textbook_walk(dtype: torch.dtype) -> None:
+    """In float64 the walk comes back and the step descends; in bfloat16 a step of nothing still moves the weights."""
+    torch.manual_seed(0)
+    net = nn.Linear(20, 20, bias=False).to(dtype)
+    before = net.weight.detach().clone()
+    loop = Textbook(net, lr=1e-12, eps=1e-3)
+    for _ in range(10):
+        loop.step(lambda: net.weight.float().square().sum())
+    drift = float((net.weight - before).abs().max())
+    assert loop.forwards == 20
+    assert drift < 1e-8 if dtype == torch.float64 else drift > 1e-4
+
+
+def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Table and picture from a ledger."""
+    path = tmp_path / "l.jsonl"
+    base = {"stage": "final", "method": "a", "model": "m", "task": "t", "lr": 0.1, "machine": "x", "commit": "c", "torch": "2"}
+    for seed, loss in ((0, 0.5), (1, 0.7)):
+        for forwards, value in ((0, 1.0), (40, loss)):
+            row = base | {"seed": seed, "forwards": forwards, "loss": value, "final": forwards == 40}
+            path.open("a").write(json.dumps(row) + "\n")
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    report.main()
+    assert "0.600 ± 0.141" in capsys.readouterr().out
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_three_ways(tmp_path: Path, tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Command line, a user's subclass and a plain loop end in the same bits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["three_ways"])
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    rows = [{"sentence": f"{word} film {i}", "label": int(word == "fine"), "idx": i} for i in range(20) for word in ("fine", "dull")]
+    (tmp_path / "sst2").mkdir()
+    with gzip.open(tmp_path / "sst2" / "train.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "sst2" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    options = argparse.Namespace(pretrained=tiny_folder, data=str(tmp_path), dtype="bfloat16", steps=5, lr=1e-4, eps=0.01)
+    digests = three_ways.compare(options)
+    assert digests["plain loop"] == digests["command line"] == digests["user's subclass"] != digests["untrained"]
