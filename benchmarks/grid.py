@@ -148,9 +148,10 @@ def execute(run: Run) -> str:
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, data: Any, device: torch.device) -> dict[str, float]:
     """Figures on all validation rows."""
-    from zolightning.modules.evaluation import EVALUATIONS
+    from zolightning.modules.evaluation import EVALUATIONS, Context
 
-    evaluation = EVALUATIONS[data.objective]()
+    context = Context(data.validation_examples, data.tokenizer, data.task.max_new_tokens, data.metric)
+    evaluation = EVALUATIONS[data.objective](context)
     for loader, batches in enumerate(data.val_dataloader()):
         for batch in batches:
             evaluation.update(model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, loader)

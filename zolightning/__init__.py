@@ -18,6 +18,7 @@ _HOME = {
     "GaussianSampler": "samplers",
     "Objective": "objectives",
     "RademacherSampler": "samplers",
+    "Reward": "objectives",
     "Rule": "optim",
     "SGD": "optim",
     "Sampler": "samplers",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from zolightning.modules import ZOModule as ZOModule
     from zolightning.objectives import CandidateCrossEntropy as CandidateCrossEntropy
     from zolightning.objectives import Objective as Objective
+    from zolightning.objectives import Reward as Reward
     from zolightning.objectives import TokenCrossEntropy as TokenCrossEntropy
     from zolightning.optim import SGD as SGD
     from zolightning.optim import Rule as Rule

@@ -1,25 +1,42 @@
-"""The ``zolightning`` command: Lightning's CLI with short errors."""
+"""The ``zolightning`` command: Lightning's CLI with short errors and a quiet screen."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from zolightning.callbacks import RunCheckpoint
+from zolightning.callbacks import PredictionWriter, RunCheckpoint, RunLogger, RunProgress, RunReport, print_table
+from zolightning.export import export_model
 from zolightning.modules import ZOModule
 
 _PACKAGE = Path(__file__).parent
-# Lines of jsonargparse that repeat the type hint instead of the reason.
-_NOISE = re.compile(r"Does not validate against any of the Union subtypes|^\s*Subtypes: |^\s*Given value type: |^\s*Errors:\s*$")
+# Lines of jsonargparse that repeat the input or the type hint instead of the reason.
+_NOISE = re.compile(
+    r"Does not validate against any of the Union subtypes|^\s*Subtypes: |^\s*Given value( type)?: |^\s*Errors:\s*$|Expected a <class 'NoneType'>"
+)
+# What Lightning says about every run of this kind, though nothing is wrong.
+_QUIET = (
+    r".*treespec, LeafSpec.*",
+    r".*does not have many workers.*",
+    r".*smaller than the logging interval.*",
+    r".*dataloader is not resumable.*",
+    r".*in eval mode at the start of training.*",
+    r".*exists and is not empty.*",
+    r".*was deprecated in v4.*",
+    r".*skip_none parameter was deprecated.*",
+)
 
 
 class ZOArgumentParser(LightningArgumentParser):
@@ -34,20 +51,113 @@ class ZOArgumentParser(LightningArgumentParser):
         sys.exit(2)
 
 
+class ZOTrainer(Trainer):
+    """Lightning's Trainer with one more subcommand."""
+
+    def export(
+        self,
+        model: ZOModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str = "export",
+    ) -> None:
+        """Write the trained model as an ordinary Hugging Face folder.
+
+        Args:
+            model: The module.
+            datamodule: Names the task on the model card.
+            ckpt_path: Checkpoint with the trained weights, or "last" for the one of the run folder.
+            weights_only: Not used: checkpoints are always read as data, never as code.
+            output: Folder to write to.
+        """
+        model.configure_model()
+        checkpoint = None
+        if ckpt_path is not None:
+            if not Path(ckpt_path).is_file():
+                raise ValueError(f"checkpoint {ckpt_path!r} does not exist")
+            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+            model.on_load_checkpoint(checkpoint)
+            model.load_blocks(checkpoint["state_dict"])
+        task = getattr(datamodule, "task", None)
+        export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown")
+        print(f"model        {output}")
+
+
+class RunConfig(SaveConfigCallback):
+    """``config.yaml`` in the run folder; only training writes it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file before training."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 class ZOCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` from YAML; every part is replaceable by ``class_path``."""
+    """``fit``, ``validate``, ``test``, ``predict`` and ``export`` from YAML; every part is replaceable by ``class_path``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``export``."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints lie in the run folder and can be set under ``checkpoint``."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
 
+    def before_instantiate_classes(self) -> None:
+        """Find the run's last checkpoint and make sure that the run folder can be written."""
+        config = self.config[self.subcommand]
+        folder = Path(config.trainer.default_root_dir or ".")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".write").touch()
+            (folder / ".write").unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write to trainer.default_root_dir={str(folder)!r}: {error.strerror}") from error
+        if config.get("ckpt_path") == "last":
+            last = folder / "checkpoints" / "last.ckpt"
+            config.ckpt_path = str(last) if last.exists() else None
+            if config.ckpt_path is None and self.subcommand == "fit":
+                print(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
+            elif config.ckpt_path is None:
+                raise ValueError(f"no checkpoint in {last.parent}")
+        if "verbose" in config:
+            config.verbose = False  # the figures are printed once, below
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        if config.get("logger") in (None, True):  # metrics as CSV in the run folder, at a path that does not change
-            config["logger"] = CSVLogger(save_dir=config.get("default_root_dir") or os.getcwd(), name="", version="")
-        return super()._instantiate_trainer(config, callbacks)
+        folder = config.get("default_root_dir") or os.getcwd()
+        if config.get("logger") in (None, True):  # figures as CSV in the run folder
+            config["logger"] = RunLogger(folder, "metrics.csv" if self.subcommand == "fit" else f"{self.subcommand}.csv")
+        own: list[Any] = [RunReport(), PredictionWriter()]
+        if config.get("enable_progress_bar") is None and not any(isinstance(c, ProgressBar) for c in config.get("callbacks") or []):
+            config["enable_progress_bar"] = self.subcommand == "fit"
+            own = [RunProgress(), *own] if self.subcommand == "fit" else own
+        if config.get("enable_model_summary") is None:
+            config["enable_model_summary"] = False  # the report says what moves
+        return super()._instantiate_trainer(config, [*callbacks, *own])
 
     def _parse_ckpt_path(self) -> None:
         """The command line wins over the arguments that a checkpoint stores."""
+
+    def after_fit(self) -> None:
+        """Say so where there was nothing left to do."""
+        trainer = self.trainer
+        report = next(callback for callback in trainer.callbacks if isinstance(callback, RunReport))  # type: ignore[attr-defined]
+        if not report.started:
+            print(f"nothing to do: the checkpoint is at step {trainer.global_step}, trainer.max_steps={trainer.max_steps}")
+
+    def after_validate(self) -> None:
+        """Print the figures."""
+        self._print_figures("val/")
+
+    def after_test(self) -> None:
+        """Print the figures."""
+        self._print_figures("test/")
+
+    def _print_figures(self, prefix: str) -> None:
+        metrics = {name.removeprefix(prefix): float(value) for name, value in self.trainer.callback_metrics.items()}
+        print_table({}, metrics)
 
 
 def main(args: ArgsType = None) -> ZOCLI:
@@ -59,13 +169,16 @@ def main(args: ArgsType = None) -> ZOCLI:
     Returns:
         The CLI object, with ``model``, ``datamodule`` and ``trainer``.
     """
-    sys.path.insert(0, os.getcwd())  # classes of the working folder: class_path: my_file.MyClass
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # classes of the working folder: class_path: my_file.MyClass
+    be_quiet()
     try:
         return ZOCLI(
             ZOModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            trainer_class=ZOTrainer,
             parser_class=ZOArgumentParser,
             auto_configure_optimizers=False,
             seed_everything_default=0,
@@ -76,6 +189,7 @@ def main(args: ArgsType = None) -> ZOCLI:
                 "use_distributed_sampler": False,
                 "log_every_n_steps": 10,
             },
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             args=args,
         )
@@ -85,6 +199,17 @@ def main(args: ArgsType = None) -> ZOCLI:
             raise
         sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
+
+
+def be_quiet() -> None:
+    """Keep what is no news off the screen: Lightning's tips, loading bars, warnings that do not apply here."""
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _QUIET:
+        warnings.filterwarnings("ignore", message)
 
 
 def user_message(error: BaseException | None) -> str | None:

@@ -35,15 +35,25 @@ def load_model(
         ValueError: ``dtype`` is unknown or the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     if dtype not in get_args(DType):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(get_args(DType))}")
+    transformers_logging.disable_progress_bar()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            pretrained, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        model: PreTrainedModel
+        model, info = AutoModelForCausalLM.from_pretrained(
+            pretrained,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load model {pretrained!r}: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])[0]
+        raise ValueError(f"{pretrained!r} is no trained causal language model: it has no weights for {missing!r}")
     return model.to(device).eval()
 
 

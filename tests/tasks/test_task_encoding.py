@@ -107,6 +107,7 @@ def test_form_b(tokenizer: Any) -> None:
         encoded(tokenizer, record, Example("a fine film", (" two", " x"), 0), index=9),
     ]
     batch = Collator(tokenizer, one_forward=False)(rows)
+    assert (batch.pop("max_scored"), batch.pop("num_choices")) == (2, 3)
     assert set(batch) == {"input_ids", "attention_mask", "scored", "example", "choice", "correct", "label", "index"}
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert batch["input_ids"].shape == (5, 8)

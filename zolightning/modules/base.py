@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from zolightning.models import DType, load_model, load_tokenizer
-from zolightning.modules.evaluation import EVALUATIONS, CandidateEvaluation, Evaluation
+from zolightning.modules.evaluation import EVALUATIONS, CandidateEvaluation, Context, Evaluation, Prediction
 from zolightning.objectives import CandidateCrossEntropy, Objective, TokenCrossEntropy
 from zolightning.spaces import DenseSpace, Space
 
@@ -91,8 +92,17 @@ class ZOModule(pl.LightningModule):
         self.space = self.make_space(self.model)
 
     def on_train_start(self) -> None:
-        """Dropout would differ between the probes of one direction."""
+        """Make ready for the first step."""
+        self.prepare_training()
+
+    def prepare_training(self) -> None:
+        """Evaluation mode: dropout would differ between the probes of one direction. May be called more than once."""
         self.language_model.eval()
+
+    @property
+    def data(self) -> Any:
+        """The run's data module, if it has one."""
+        return getattr(self.trainer, "datamodule", None)
 
     def batch_objective(self) -> Objective:
         """The objective of this run: the one given, else the task's."""
@@ -102,14 +112,35 @@ class ZOModule(pl.LightningModule):
 
     def _task_objective(self) -> str:
         """How the data module's task is trained; data without a task are token sequences to predict."""
-        return str(getattr(getattr(self.trainer, "datamodule", None), "objective", "answer"))
+        return str(getattr(self.data, "objective", "answer"))
 
-    def _start_evaluation(self) -> None:
-        self._evaluation = EVALUATIONS[self._task_objective()]()
+    def start_evaluation(self, split: str = "validation") -> Evaluation:
+        """A fresh evaluation of the task's kind.
+
+        Args:
+            split: Whose rows: ``validation`` or ``test``.
+        """
+        task = getattr(self.data, "task", None)
+        context = Context()
+        if task is not None:
+            biases = getattr(self.objective, "biases", None)
+            context = Context(getattr(self.data, f"{split}_examples"), self.tokenizer, task.max_new_tokens, task.metric, biases)
+        return EVALUATIONS[self._task_objective()](context)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Figures on the data module's validation rows, outside the Trainer's own loop."""
+        if self.data is None or self.trainer.limit_val_batches == 0:
+            return {}
+        evaluation = self.start_evaluation()
+        for loader, batches in enumerate(self.data.val_dataloader()):
+            for batch in batches:
+                evaluation.update(self.language_model, move_data_to_device(batch, self.device), loader)
+        return evaluation.figures()
 
     def on_validation_epoch_start(self) -> None:
         """Forget the figures of the last pass."""
-        self._start_evaluation()
+        self._evaluation = self.start_evaluation()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch; loader 1 holds training rows on which candidate biases are refitted."""
@@ -117,11 +148,11 @@ class ZOModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures as ``val/...``."""
-        self.log_dict({f"val/{name}": value for name, value in self._evaluation.figures().items()}, prog_bar=False)
+        self.log_dict({f"val/{name}": value for name, value in self._evaluation.figures().items()})
 
     def on_test_epoch_start(self) -> None:
         """Forget the figures of the last pass."""
-        self._start_evaluation()
+        self._evaluation = self.start_evaluation("test")
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch."""
@@ -131,16 +162,21 @@ class ZOModule(pl.LightningModule):
         """Log the figures as ``test/...``."""
         self.log_dict({f"test/{name}": value for name, value in self._evaluation.figures().items()})
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Scores of the candidates, ``[B, K]``, or losses of the answers, ``[B]``."""
-        if batch_idx == 0:
-            self._start_evaluation()
-        return self._evaluation.update(self.language_model, batch, dataloader_idx)
+    def on_predict_epoch_start(self) -> None:
+        """Forget the figures of the last pass."""
+        self._evaluation = self.start_evaluation("test")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction]:
+        """One prediction per row: the chosen candidate with probabilities, or the generated answer."""
+        return self._evaluation.update(self.language_model, batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the blocks that move, under their canonical names; the base is rebuilt from its id."""
         checkpoint["state_dict"] = {f"model.{block.name}": block.tensor.detach() for block in self.space.blocks}
         checkpoint["zolightning"] = {"pretrained": self.pretrained, "blocks": self._describe()}
+        biases = getattr(self.objective, "biases", None)
+        if biases is not None:
+            checkpoint["zolightning"]["biases"] = biases.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model before anything is overwritten.
@@ -155,6 +191,9 @@ class ZOModule(pl.LightningModule):
             if saved.get(name) != own.get(name):
                 there, here = saved.get(name, "missing"), own.get(name, "missing")
                 raise ValueError(f"a checkpoint of another model or space: block {name!r} is {there} there and {here} here")
+        biases = checkpoint.get("zolightning", {}).get("biases")
+        if biases is not None and isinstance(self.batch_objective(), CandidateCrossEntropy):
+            self.batch_objective().biases = torch.tensor(biases, dtype=torch.float32, device=self.device)  # type: ignore[attr-defined]
 
     def _describe(self) -> dict[str, str]:
         return {block.name: f"{str(block.dtype).removeprefix('torch.')}{list(block.tensor.shape)}" for block in self.space.blocks}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,86 +15,161 @@ from zolightning.objectives.batch import Batch
 from zolightning.objectives.calibration import candidate_figures, constant_figures, fit_biases
 from zolightning.objectives.candidate import candidate_scores, spread
 from zolightning.objectives.forward import scored_log_probs
-from zolightning.objectives.tokens import TokenCrossEntropy
+from zolightning.objectives.generate import generate_text
+from zolightning.objectives.reward import squad_scores
 
 VALIDATION, CALIBRATION = 0, 1
+Prediction = dict[str, Any]
 
 
-class CandidateEvaluation:
-    """Figures of a task with candidates.
+@dataclass(frozen=True)
+class Context:
+    """What an evaluation may need besides the batches.
 
-    The first loader holds the rows to report on, the second training rows for refitting the candidate biases.
+    Args:
+        examples: The evaluated rows as text; ``batch["index"]`` points into them.
+        tokenizer: The model's tokenizer.
+        max_new_tokens: Most tokens to generate.
+        metric: ``accuracy``, ``f1`` or ``exact_match``.
+        biases: Candidate biases that belong to the run, ``[K]``.
     """
 
-    def __init__(self) -> None:
+    examples: Sequence[Any] = ()
+    tokenizer: Any = None
+    max_new_tokens: int = 50
+    metric: str = "accuracy"
+    biases: Tensor | None = None
+
+
+class Evaluation(ABC):
+    """One pass over the evaluation batches."""
+
+    def __init__(self, context: Context | None = None) -> None:
+        self.context = context if context is not None else Context()
+
+    @abstractmethod
+    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> list[Prediction]:
+        """Score one batch; returns one prediction per example, ready for JSON."""
+
+    @abstractmethod
+    def figures(self) -> dict[str, float]:
+        """The figures of all batches so far: ``loss`` in nats, metrics from 0 to 1."""
+
+    def text(self, index: int, choice: int) -> str | None:
+        """The candidate's text, stripped, where the rows are at hand."""
+        return self.context.examples[index].candidates[choice].strip() if self.context.examples else None
+
+
+class CandidateEvaluation(Evaluation):
+    """Figures of a task with candidates.
+
+    The first loader holds the rows to report on, the second training rows for refitting the candidate biases. ``loss`` and
+    ``accuracy`` are raw; ``*_corrected`` are with the biases refitted now; ``*_calibrated`` with the biases of the run;
+    ``constant_*`` are those of the constant predictor.
+    """
+
+    def __init__(self, context: Context | None = None) -> None:
+        super().__init__(context)
         self._scores: dict[int, list[Tensor]] = defaultdict(list)
         self._labels: dict[int, list[Tensor]] = defaultdict(list)
 
-    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> Tensor:
-        """Score one batch; returns the scores, ``[B, K]``."""
+    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> list[Prediction]:
         scores = candidate_scores(model, batch)
         self._scores[loader].append(scores)
         self._labels[loader].append(batch["label"])
-        return scores
+        if loader != VALIDATION or "index" not in batch:
+            return []
+        shifted = scores if self.context.biases is None else scores + self.context.biases.to(scores)
+        rows = zip(batch["index"].tolist(), batch["label"].tolist(), torch.softmax(shifted, dim=1).tolist(), strict=True)
+        out = []
+        for index, label, probabilities in rows:
+            choice = max(range(len(probabilities)), key=probabilities.__getitem__)
+            out.append({"index": index, "prediction": choice, "text": self.text(index, choice), "label": label, "probabilities": probabilities})
+        return out
 
     def figures(self) -> dict[str, float]:
-        """``loss`` and ``accuracy``; with calibration rows also ``*_corrected`` and ``constant_*``."""
         scores, labels = _stack(self._scores[VALIDATION]), torch.cat(self._labels[VALIDATION])
+        if bool((labels < 0).any()):
+            return {}
         raw = candidate_figures(scores, labels)
         figures = {"loss": raw.loss, "accuracy": raw.accuracy}
+        if self.context.biases is not None:
+            own = candidate_figures(scores, labels, self.context.biases.double().cpu())
+            figures |= {"loss_calibrated": own.loss, "accuracy_calibrated": own.accuracy}
         if self._scores[CALIBRATION]:
-            fit_scores, fit_labels = _stack(self._scores[CALIBRATION]), torch.cat(self._labels[CALIBRATION])
+            fit_scores, fit_labels = self.calibration_rows()
             corrected = candidate_figures(scores, labels, fit_biases(fit_scores, fit_labels))
             constant = constant_figures(fit_labels, labels, scores.shape[1])
             figures |= {"loss_corrected": corrected.loss, "accuracy_corrected": corrected.accuracy}
             figures |= {"constant_loss": constant.loss, "constant_accuracy": constant.accuracy}
         return figures
 
+    def calibration_rows(self) -> tuple[Tensor, Tensor]:
+        """Scores ``[N, K]`` and labels ``[N]`` of the training rows."""
+        return _stack(self._scores[CALIBRATION]), torch.cat(self._labels[CALIBRATION])
 
-class GoldEvaluation:
+
+class GoldEvaluation(Evaluation):
     """Figures of a task that is trained on the right candidate alone: its loss per token, and how often it scores best."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: Context | None = None) -> None:
+        super().__init__(context)
         self._loss: list[tuple[Tensor, Tensor]] = []
         self._hits: list[Tensor] = []
 
-    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> Tensor:
-        """Score one batch; returns the length-normalised scores, ``[B, K]``."""
+    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> list[Prediction]:
         log_prob, length = scored_log_probs(model, batch)
         gold = batch["choice"] == batch["label"][batch["example"]]
         self._loss.append((-log_prob[gold].double().sum(), length[gold].double().sum()))
         scores, correct = spread(log_prob / length, batch, float("-inf")), spread(batch["correct"].to(log_prob.dtype), batch, 0.0)
-        self._hits.append(correct.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1))
-        return scores
+        chosen = scores.argmax(dim=1, keepdim=True)
+        self._hits.append(correct.gather(1, chosen).squeeze(1))
+        rows = zip(batch["index"].tolist(), chosen.squeeze(1).tolist(), batch["label"].tolist(), strict=True)
+        return [{"index": i, "prediction": choice, "text": self.text(i, choice), "label": label} for i, choice, label in rows]
 
     def figures(self) -> dict[str, float]:
-        """``loss`` in nats per token of the right candidate, and ``accuracy``."""
         loss, weight = (sum(part) for part in zip(*self._loss, strict=True))
+        if float(weight) == 0:  # unlabelled rows
+            return {}
         return {"loss": float(loss / weight), "accuracy": float(torch.cat(self._hits).double().mean())}
 
 
-class TokenEvaluation:
-    """Loss per answer token."""
+class AnswerEvaluation(Evaluation):
+    """Loss per answer token; with prompts and a tokenizer also exact match and token F1 of greedily generated answers."""
 
-    def __init__(self) -> None:
-        self._objective = TokenCrossEntropy()
-        self._parts: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, context: Context | None = None) -> None:
+        super().__init__(context)
+        self._loss: list[tuple[Tensor, Tensor]] = []
+        self._matches: list[tuple[float, float]] = []
 
-    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> Tensor:
-        """Score one batch; returns the loss of each example, ``[B]``."""
-        loss, weight = self._objective.rows(model, batch)
-        self._parts.append((loss.double().sum(), weight.double().sum()))
-        return loss / weight
+    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> list[Prediction]:
+        if batch["input_ids"].shape[0]:  # rows without answers have no sequence to score
+            log_prob, length = scored_log_probs(model, batch)
+            self._loss.append((-log_prob.double().sum(), length.double().sum()))
+        if "prompt_ids" not in batch or self.context.tokenizer is None or not self.context.examples:
+            return []
+        texts = generate_text(model, self.context.tokenizer, batch, self.context.max_new_tokens)
+        out = []
+        for index, text in zip(batch["index"].tolist(), texts, strict=True):
+            answers = self.context.examples[index].answers
+            out.append({"index": index, "prediction": text, "answers": list(answers)})
+            if answers:
+                self._matches.append(squad_scores(text, answers))
+        return out
 
     def figures(self) -> dict[str, float]:
-        """``loss`` in nats per token."""
-        loss, weight = (sum(part) for part in zip(*self._parts, strict=True))
-        return {"loss": float(loss / weight)}
+        figures = {}
+        if self._loss:
+            loss, weight = (sum(part) for part in zip(*self._loss, strict=True))
+            figures["loss"] = float(loss / weight)
+        if self._matches:
+            exact, overlap = (sum(part) / len(self._matches) for part in zip(*self._matches, strict=True))
+            figures |= {"exact_match": exact, "f1": overlap}
+        return figures
 
 
-Evaluation = CandidateEvaluation | GoldEvaluation | TokenEvaluation
 #: By the way a task is trained.
-EVALUATIONS: dict[str, type[Evaluation]] = {"candidates": CandidateEvaluation, "gold": GoldEvaluation, "answer": TokenEvaluation}
+EVALUATIONS: dict[str, type[Evaluation]] = {"candidates": CandidateEvaluation, "gold": GoldEvaluation, "answer": AnswerEvaluation}
 
 
 def _stack(scores: list[Tensor]) -> Tensor:

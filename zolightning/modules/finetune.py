@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from zolightning.estimators import Estimator, TwoPoint
 from zolightning.models import DType
 from zolightning.modules.base import ZOModule
-from zolightning.objectives import Objective
+from zolightning.modules.evaluation import CALIBRATION, CandidateEvaluation
+from zolightning.objectives import CandidateCrossEntropy, Objective, fit_biases
 from zolightning.optim import ZOOptimizer
 from zolightning.samplers import GaussianSampler, Sampler
 from zolightning.spaces import DenseSpace, Space
+
+log = logging.getLogger("zolightning")
 
 LRSchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
@@ -76,17 +81,53 @@ class ZOFinetuneModule(ZOModule):
         """The optimizer itself, without Lightning's wrapper."""
         return cast(ZOOptimizer, self.optimizers(use_pl_optimizer=False))
 
+    def prepare_training(self) -> None:
+        """Settle what a checkpoint and the command line both say, and what the objective needs to know beforehand."""
+        super().prepare_training()
+        self._prefer_own_settings()
+        objective = self.batch_objective()
+        if self.data is not None and hasattr(self.data, "train_examples"):
+            objective.prepare(self.tokenizer, self.data.train_examples)
+        if isinstance(objective, CandidateCrossEntropy) and objective.calibrate and objective.biases is None:
+            objective.biases = self._fit_biases()
+
+    def _prefer_own_settings(self) -> None:
+        """The arguments of this run win over those that a checkpoint stores; a schedule goes on at its place."""
+        optimizer = self.zo_optimizer
+        group, own = optimizer.param_groups[0], optimizer.defaults
+        for name in ("eps", "seed", "base_lr"):
+            if group[name] != own[name]:
+                log.warning("%s=%g instead of the checkpoint's %g", name.removeprefix("base_"), own[name], group[name])
+        factor = own["base_lr"] / group["base_lr"]
+        if factor != 1:
+            group["lr"] *= factor
+            scheduler: Any = self.lr_schedulers()
+            if scheduler is not None:
+                scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]
+        group.update({name: own[name] for name in ("eps", "seed", "base_lr")})
+
+    @torch.no_grad()
+    def _fit_biases(self) -> Tensor:
+        """Candidate biases on the data module's calibration rows."""
+        loaders = self.data.val_dataloader() if self.data is not None else []
+        if len(loaders) < 2:
+            raise ValueError("calibrate=true needs training rows to fit on: set data.calibration_rows above 0")
+        evaluation = CandidateEvaluation()
+        for batch in loaders[CALIBRATION]:
+            evaluation.update(self.language_model, move_data_to_device(batch, self.device), CALIBRATION)
+        return fit_biases(*evaluation.calibration_rows()).to(self.device, torch.float32)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on one batch, whatever the number of directions."""
         bound = self.batch_objective().on(self.language_model, batch, self.micro_batch_size)
-        # Lightning wraps the closure, so its second form travels beside it.
-        loss: Tensor = self.optimizers().step(bound, rows=bound.rows)  # type: ignore[union-attr]
+        # Lightning wraps the closure, so the objective itself travels beside it.
+        loss: Tensor = self.optimizers().step(bound, bound=bound)  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
         optimizer = self.zo_optimizer
-        self.log("train/loss", loss, prog_bar=True)
         assert optimizer.coefficients is not None
+        self.log("train/loss", loss)
         self.log("train/coefficient", optimizer.coefficients.mean())
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         self.log("train/forwards", float(optimizer.forwards))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,12 @@ class Objective(ABC):
         ...         out = model(batch["input_ids"]).logits.float().square().mean(dim=(1, 2))
         ...         return out, torch.ones_like(out)
     """
+
+    #: Whether one loss takes several forwards (generation), so that a probe must hold its perturbed weights.
+    several_forwards: bool = False
+
+    def prepare(self, tokenizer: Any, examples: Sequence[Any]) -> None:
+        """Called once before training, with the tokenizer and the training rows as text; ``batch["index"]`` points into them."""
 
     @abstractmethod
     def rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -64,6 +72,11 @@ class BoundObjective:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1")
         self.objective, self.model, self.batch, self.micro_batch_size = objective, model, batch, micro_batch_size
+
+    @property
+    def hold(self) -> bool:
+        """Whether a probe must hold its perturbed weights."""
+        return self.objective.several_forwards
 
     def __call__(self) -> Tensor:
         """The loss: 0-d."""

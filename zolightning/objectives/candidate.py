@@ -39,7 +39,12 @@ def spread(values: Tensor, batch: Batch, missing: float) -> Tensor:
 class CandidateCrossEntropy(Objective):
     r"""Cross-entropy of the right candidate among all, from length-normalised scores.
 
-    .. math:: \ell_b = -\log \mathrm{softmax}(s_b)_{y_b}
+    .. math:: \ell_b = -\log \mathrm{softmax}(s_b + \beta)_{y_b}
+
+    Args:
+        calibrate: Fit additive candidate biases ``beta`` on training rows before training (the data module's
+            ``calibration_rows``); they take out the model's preference for some answers, are used in validation and prediction
+            and stored in the checkpoint. Without it ``beta`` is zero.
 
     Example:
         >>> loss = CandidateCrossEntropy().on(model, batch)()
@@ -48,6 +53,14 @@ class CandidateCrossEntropy(Objective):
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023.
     """
 
+    def __init__(self, calibrate: bool = False) -> None:
+        self.calibrate = calibrate
+        #: Candidate biases, ``[K]``; ``None`` before they are fitted.
+        self.biases: Tensor | None = None
+
     def rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(candidate_scores(model, batch), batch["label"], reduction="none")
+        scores = candidate_scores(model, batch)
+        if self.biases is not None:
+            scores = scores + self.biases.to(scores)
+        loss = F.cross_entropy(scores, batch["label"], reduction="none")
         return loss, torch.ones_like(loss)

@@ -94,7 +94,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.setup_report: SetupReport | None = None
         #: Coefficients of the latest step: shape ``[queries]``, on the device.
         self.coefficients: Tensor | None = None
-        defaults = {"lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0}
+        defaults = {"lr": lr, "base_lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0}
         super().__init__([block.tensor for block in space.blocks], defaults)
         zero = torch.zeros((), dtype=torch.int64, device=space.device)
         self.state["skipped"] = {"total": zero, "in_a_row": zero.clone()}  # type: ignore[index]
@@ -125,14 +125,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any], rows: Rows | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any], bound: Any = None) -> Tensor:  # type: ignore[override]
         """One step.
 
         Args:
             closure: Evaluates the loss of the step's batch without changing anything: returns a 0-d tensor or a number. An
                 objective bound to a batch (:meth:`zolightning.objectives.Objective.on`) is one, and tells its rows apart.
-            rows: The closure's second form, ``rows(copies) -> (loss_sum, weight)``, both ``[copies, B]``; ``None``: the
-                closure's own attribute of that name, if any.
+            bound: The bound objective itself, where the closure is wrapped by something else (Lightning does that).
 
         Returns:
             Mean of the probe losses: 0-d, on the space's device.
@@ -142,15 +141,17 @@ class ZOOptimizer(torch.optim.Optimizer):
             RuntimeError: Too many steps in a row gave a loss that is not finite. The weights are intact.
         """
         group = self.param_groups[0]
-        rows = rows if rows is not None else getattr(closure, "rows", None)
+        bound = bound if bound is not None else closure
+        rows: Rows | None = getattr(bound, "rows", None)
+        hold = bool(getattr(bound, "hold", False))
         evaluate = (lambda: total(*rows(1))[0]) if rows is not None else closure
         directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries)
         with exact_float32():
             if self.setup_report is None:
-                self.setup_report = self._set_up(lambda: self._loss(evaluate), directions[0], group["eps"])
+                self.setup_report = self._set_up(lambda: self._loss(evaluate), directions[0], group["eps"], hold)
             losses = []
             for probe in self.estimator.probes:
-                with self.space.probe(directions[probe.query], probe.sign * group["eps"]):
+                with self.space.probe(directions[probe.query], probe.sign * group["eps"], hold):
                     losses.append(self._loss(evaluate))
         stacked = torch.stack(losses)
         valid = torch.isfinite(stacked).all()
@@ -169,8 +170,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the closure must return a 0-d loss, got shape {tuple(loss.shape)}")
         return loss
 
-    def _set_up(self, evaluate: Callable[[], Tensor], direction: Any, eps: float) -> SetupReport:
-        report = self.space.verify(evaluate, direction, eps)
+    def _set_up(self, evaluate: Callable[[], Tensor], direction: Any, eps: float, hold: bool) -> SetupReport:
+        report = self.space.verify(evaluate, direction, eps, hold)
         if not math.isfinite(report.loss):
             dtype = str(self.space.blocks[0].dtype).removeprefix("torch.")
             raise ValueError(f"the loss at the set-up probe is {report.loss}: the model overflows in {dtype}, or eps={eps:g} is too large")

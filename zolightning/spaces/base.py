@@ -69,22 +69,25 @@ class Space(ABC):
         return torch.float64 if any(block.dtype == torch.float64 for block in self.blocks) else torch.float32
 
     @abstractmethod
-    def probe(self, direction: Direction, distance: float) -> AbstractContextManager[None]:
+    def probe(self, direction: Direction, distance: float, hold: bool = False) -> AbstractContextManager[None]:
         """Context in which the model computes with ``theta + distance * u``; the weights themselves are not written.
 
         Args:
             direction: The direction ``u``.
             distance: Signed probe distance, ``+eps`` or ``-eps``.
+            hold: Keep the perturbed weights for the whole probe, for losses of several forwards (generation): twice the
+                memory of the weights, and the noise is drawn once.
         """
 
     @abstractmethod
-    def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float) -> SetupReport:
+    def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
         """Run one probe at set-up and prove that it is what it claims to be.
 
         Args:
             evaluate: Computes the loss.
             direction: A direction to probe along.
             eps: Probe distance.
+            hold: As for :meth:`probe`.
 
         Raises:
             ValueError: The probe reads unperturbed weights, writes a weight or buffer, is not finite, or ``eps`` is too small.

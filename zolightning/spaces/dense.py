@@ -78,10 +78,14 @@ class DenseSpace(Space):
         self._watch: ProbeWatch | None = None
 
     @contextmanager
-    def probe(self, direction: Direction, distance: float) -> Iterator[None]:
+    def probe(self, direction: Direction, distance: float, hold: bool = False) -> Iterator[None]:
         amounts = (direction.scales.to(self.compute_dtype) * distance).unbind()
         handles = []
         try:
+            if hold:
+                self._swap([owner for owners in self._hosts.values() for owner in owners], direction, amounts)
+                yield
+                return
             with uninterrupted():  # between a hook and its handle an interrupt would leave the hook for good
                 for path, owners in self._hosts.items():
                     host = self._host_modules[path]
@@ -95,7 +99,7 @@ class DenseSpace(Space):
                 for owners in self._hosts.values():
                     self._restore(owners)
 
-    def _swap(self, owners: list[_Owner], direction: Direction, amounts: Sequence[Tensor], module: nn.Module, args: Any) -> None:
+    def _swap(self, owners: list[_Owner], direction: Direction, amounts: Sequence[Tensor], *hook_arguments: Any) -> None:
         with self._watch.paused() if self._watch else nullcontext():
             fresh: dict[int, Tensor] = {}  # a block tied inside one host is drawn once
             for owner in owners:
@@ -114,13 +118,13 @@ class DenseSpace(Space):
             if self._watch and scratch is not None:
                 self._watch.forget(scratch)
 
-    def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float) -> SetupReport:
+    def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
         report = self._check_resolution(direction, eps)
-        leaked = self._watched_probe(evaluate, direction, eps, report)
+        leaked = self._watched_probe(evaluate, direction, eps, hold, report)
         if leaked:
             self._lift(leaked)
             report.lifted = sorted(leaked)
-            leaked = self._watched_probe(evaluate, direction, eps, report)
+            leaked = self._watched_probe(evaluate, direction, eps, hold, report)
         if leaked:
             names = ", ".join(repr(name) for name in sorted(leaked))
             raise ValueError(
@@ -128,11 +132,13 @@ class DenseSpace(Space):
             )
         return report
 
-    def _watched_probe(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, report: SetupReport) -> set[str]:
+    def _watched_probe(
+        self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool, report: SetupReport
+    ) -> set[str]:
         """One probe under the watch; returns the blocks that leaked."""
         self._watch = ProbeWatch(self.model, self.blocks)
         try:
-            with self._watch as watch, self.probe(direction, eps):
+            with self._watch as watch, self.probe(direction, eps, hold):
                 report.loss = float(evaluate())
         finally:
             self._watch = None

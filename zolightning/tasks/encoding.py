@@ -110,7 +110,7 @@ def encode_example(tokenizer: Tokenizer, task: Task, example: Example, *, index:
         ),
         choices=tuple(choice for choice, _, _ in parts),
         correct=tuple(task.objective == "answer" or choice in right for choice, _, _ in parts),
-        prompt=None if training or task.objective != "answer" else _generation_prompt(tokenizer, task, example, max_length),
+        prompt=None if task.objective != "answer" else _generation_prompt(tokenizer, task, example, max_length),
         one_token=all(full[:-1] == prompts[0] for full in fulls),
     )
 

@@ -1,0 +1,95 @@
+"""Metrics of a run as one CSV file at a path that does not change."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+Row = dict[str, Any]
+
+
+class RunLogger(Logger):
+    """Writes ``metrics.csv``; a resumed run goes on where its checkpoint stands.
+
+    Args:
+        folder: The run folder.
+        name: File name; evaluation outside of training uses one of its own, so that it never touches the run's metrics.
+    """
+
+    def __init__(self, folder: str, name: str = "metrics.csv") -> None:
+        super().__init__()
+        self.path = Path(folder) / name
+        self._rows: list[Row] | None = None
+        self._first_step = 0
+
+    @property
+    def name(self) -> str:
+        """No subfolder."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """No subfolder."""
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """They are in ``config.yaml``."""
+
+    def start_at(self, step: int) -> None:
+        """Keep the rows of an earlier run up to this step; 0 starts afresh."""
+        self._first_step = step
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Add figures to the row of a step."""
+        if self._rows is None:
+            self._rows = [row for row in self.rows() if int(float(row["step"])) <= self._first_step] if self._first_step else []
+        values = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
+        number = step if step is not None else len(self._rows)
+        values.pop("epoch", None)
+        if self._rows and int(float(self._rows[-1]["step"])) == number:
+            self._rows[-1].update(values)
+        else:
+            self._rows.append({"step": number, **values})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the file as a whole, so that it is never torn."""
+        if not self._rows:
+            return
+        columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(partial, self.path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+    def rows(self) -> list[Row]:
+        """The rows on disk."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
