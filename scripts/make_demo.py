@@ -35,21 +35,22 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 Row = dict[str, Any]
 
 SEED = 0
-CLASSES = ("football", "history", "science", "film")
+CLASSES = ("sports", "history", "science", "film")
 PROMPT = "{text}. this is about"  # each class is one token after it
 TRAIN_PER_CLASS = 400
 VALIDATION_PER_CLASS = 160
-WORDS = range(8, 29)  # length of a snippet
+SHORTEST, LONGEST = 8, 18  # words of a snippet: the beginning of a sentence
 SHARED_RUN = 8  # two texts that share so many consecutive words are near-identical
 
 VOCABULARY = 3072
 CONTEXT = 128
 BATCH = 16
 PEAK_LR = 3e-3
+PHASES = (1500, 450)  # steps of 2,048 tokens: at a high rate, then, with a new optimizer, down to zero
 
 # A passage belongs to a topic if it holds three of the topic's words; its sentences need hold none.
 TOPIC_WORDS = {
-    "football": r"touchdowns?|field goals?|yards?|quarterback|fourth quarter|interceptions?|kickoff|fumble",
+    "sports": r"touchdowns?|field goals?|yards?|quarterback|fourth quarter|interceptions?|kickoff|fumble",
     "history": r"war|wars|battles?|kings?|troops|army|armies|siege|revolts?|treaty|empire|invasion|conquest|fleet|soldiers|dynasty|emperor",
     "science": (
         r"species|cells?|proteins?|bacteria|chemicals?|molecul\w+|atom\w*|energy|temperatures?|oxygen|genes?|genetic|dna|physics|theor\w+"
@@ -69,7 +70,15 @@ def read(folder: Path, task: str, split: str) -> list[Row]:
 
 def clean(text: str) -> str:
     """Plain punctuation without the blanks that a word tokenizer left before it."""
-    for old, new in (("\u2019", "'"), ("\u2018", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u2013", "-"), ("\u2014", " - "), (" -- ", " - ")):
+    for old, new in (
+        ("\u2019", "'"),
+        ("\u2018", "'"),
+        ("\u201c", '"'),
+        ("\u201d", '"'),
+        ("\u2013", "-"),
+        ("\u2014", " - "),
+        (" -- ", " - "),
+    ):
         text = text.replace(old, new)
     text = re.sub(r"\s+([.,;:!?)\]%]|'(?:s|t|re|ve|ll|d|m)\b|n't)", r"\1", text)
     text = re.sub(r"([(\[])\s+", r"\1", text)
@@ -121,17 +130,17 @@ def topic(source: str, passage: str) -> str | None:
     if source == "rotten_tomatoes":
         return "film"
     hits = {name: len(re.findall(rf"\b(?:{pattern})\b", passage.lower())) for name, pattern in TOPIC_WORDS.items()}
-    allowed = {"drop": ("football", "history"), "squad": ("history", "science"), "boolq": ("science",)}[source]
+    allowed = {"drop": ("sports", "history"), "squad": ("history", "science"), "boolq": ("science",)}[source]
     best = max(allowed, key=lambda name: hits[name])
     clear = hits[best] >= 3 and all(2 * hits[name] <= hits[best] for name in hits if name != best)
     return best if clear else None
 
 
 def snippets(passage: str, whole: bool) -> Iterator[str]:
-    """Sentences of a passage that can stand alone: lower case, without the final full stop."""
+    """Beginnings of the sentences that can stand alone: lower case, without the final full stop."""
     for part in [passage] if whole else re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", passage):
-        if len(part.split()) in WORDS and (whole or (re.match(r"[A-Z\"']", part) and re.search(r"[a-z0-9)\"'][.!?]$", part))):
-            yield part.lower().rstrip(" .")
+        if len(part.split()) >= SHORTEST and (whole or (re.match(r"[A-Z\"']", part) and re.search(r"[a-z0-9)\"'][.!?]$", part))):
+            yield " ".join(part.lower().split()[:LONGEST]).rstrip(" .,;:-")
 
 
 def task_rows(sources: dict[str, dict[str, list[str]]], per_class: int, seen: set[tuple[str, ...]], rng: random.Random) -> list[Row]:
@@ -162,7 +171,9 @@ def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
     """Lower-case byte-level BPE; every sequence begins with ``<s>``."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -194,9 +205,16 @@ def build(vocabulary: int) -> LlamaForCausalLM:
     )
 
 
-def pretrain(model: LlamaForCausalLM, stream: Tensor, steps: int, save: Path | None = None) -> None:
-    """AdamW with warm-up and cosine decay over blocks of the token stream, cut anew in every epoch."""
-    generator = torch.Generator().manual_seed(SEED)
+def rate(phase: int, step: int) -> float:
+    """Learning rate: half a cosine wave down to half its height in the first phase, then linear to (almost) zero."""
+    fraction = step / PHASES[phase]
+    height = 0.51 + 0.49 * math.cos(0.5 * math.pi * fraction) if phase == 0 else 0.5 * (1 - fraction) + 0.01
+    return PEAK_LR * min((step + 1) / (100, 20)[phase], height)
+
+
+def pretrain(model: LlamaForCausalLM, stream: Tensor, phase: int) -> None:
+    """AdamW over blocks of the token stream, which is cut anew in every epoch."""
+    generator = torch.Generator().manual_seed(SEED + phase)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -204,16 +222,15 @@ def pretrain(model: LlamaForCausalLM, stream: Tensor, steps: int, save: Path | N
     queue: list[Tensor] = []
     model.train()
     start, mean = time.time(), 0.0
-    for step in range(steps):
+    for step in range(PHASES[phase]):
         while len(queue) < BATCH:
             offset = int(torch.randint(CONTEXT, (), generator=generator))
             count = (len(stream) - offset) // CONTEXT
             blocks = stream[offset : offset + count * CONTEXT].view(count, CONTEXT)
             queue += list(blocks[torch.randperm(count, generator=generator)])
         batch, queue = torch.stack(queue[:BATCH]), queue[BATCH:]
-        rate = PEAK_LR * min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(phase, step)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=batch).logits[:, :-1]
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), batch[:, 1:].reshape(-1))
@@ -224,9 +241,7 @@ def pretrain(model: LlamaForCausalLM, stream: Tensor, steps: int, save: Path | N
         mean += (float(loss.detach()) - mean) / min(step + 1, 50)
         if (step + 1) % 100 == 0:
             speed = (step + 1) * BATCH * CONTEXT / (time.time() - start)
-            print(f"step {step + 1:5d}/{steps}  loss {mean:.3f}  {speed:,.0f} tokens/s", flush=True)
-        if save and (step + 1) % 500 == 0:
-            torch.save(model.state_dict(), save)
+            print(f"phase {phase + 1}, step {step + 1:5d}/{PHASES[phase]}  loss {mean:.3f}  {speed:,.0f} tokens/s", flush=True)
     model.eval()
 
 
@@ -334,8 +349,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with squad, drop, boolq and rotten_tomatoes")
     parser.add_argument("--out", type=Path, default=Path("zolightning/demo"))
-    parser.add_argument("--steps", type=int, default=3000, help="pretraining steps of 2,048 tokens; 0 to write the data only")
-    parser.add_argument("--checkpoint", type=Path, help="where to keep weights during pretraining")
+    parser.add_argument("--resume", type=Path, help="weights after the first phase of pretraining, which is then left out")
+    parser.add_argument("--data-only", action="store_true", help="write rows and tokenizer, train no model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(SEED)
@@ -360,15 +375,19 @@ def main() -> None:
     tokenizer = train_tokenizer(documents)
     for name in CLASSES:
         assert len(tokenizer(f"x {name}")["input_ids"]) == len(tokenizer("x")["input_ids"]) + 1, name
-    stream = torch.tensor([token for ids in tokenizer(documents)["input_ids"] for token in ids])
+    stream = torch.tensor([token for ids in tokenizer(documents, verbose=False)["input_ids"] for token in ids])
     print(f"corpus: {len(documents)} documents, {sum(len(d.split()) for d in documents):,} words, {len(stream):,} tokens", flush=True)
-    if options.steps == 0:
+    if options.data_only:
         tokenizer.save_pretrained(options.out / "model")
         return
     torch.manual_seed(SEED)
     model = build(len(tokenizer))
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    pretrain(model, stream, options.steps, options.checkpoint)
+    if options.resume:
+        model.load_state_dict(torch.load(options.resume))
+    else:
+        pretrain(model, stream, 0)
+    pretrain(model, stream, 1)
     store(model, tokenizer, options.out / "model")
     model = LlamaForCausalLM.from_pretrained(options.out / "model", dtype=torch.float32).eval()
 

@@ -24,7 +24,8 @@ from zolightning.modules import ZOModule
 _PACKAGE = Path(__file__).parent
 # Lines of jsonargparse that repeat the input or the type hint instead of the reason.
 _NOISE = re.compile(
-    r"Does not validate against any of the Union subtypes|^\s*Subtypes: |^\s*Given value( type)?: |^\s*Errors:\s*$|Expected a <class 'NoneType'>"
+    r"Does not validate against any of the Union subtypes|^\s*Subtypes: |^\s*Given value( type)?: |^\s*Errors:\s*$"
+    r"|Expected a <class 'NoneType'>"
 )
 # What Lightning says about every run of this kind, though nothing is wrong.
 _QUIET = (

@@ -67,8 +67,8 @@ def test_update_has_the_same_bits(kind: type[Noise], dtype: torch.dtype, numel: 
         for scale in (1e-5, 0.3):
             one = weights(numel, dtype)
             two, amounts, noises = one.clone().to(DEVICE), torch.randn(count) * scale, queries(kind, key, count)
-            plain.update(one, amounts, noises, decay, torch.tensor(True), key)
-            fused.update(two, amounts.to(DEVICE), noises, decay, torch.tensor(True, device=DEVICE), key)
+            plain.update(one, amounts, noises, decay, torch.tensor(True))
+            fused.update(two, amounts.to(DEVICE), noises, decay, torch.tensor(True, device=DEVICE))
             assert bits(one) == bits(two)
 
 
@@ -78,8 +78,8 @@ def test_update_reads_strided_amounts_and_any_first_query() -> None:
     key = Key(3, 5, 1, query=6)
     one, amounts, noises = torch.randn(130).bfloat16(), torch.randn(3, 4)[:, 2], queries(GaussianNoise, key, 3)
     two = one.clone().to(DEVICE)
-    plain.update(one, amounts, noises, 1.0, torch.tensor(True), key)
-    fused.update(two, amounts.to(DEVICE), noises, 1.0, torch.tensor(True, device=DEVICE), key)
+    plain.update(one, amounts, noises, 1.0, torch.tensor(True))
+    fused.update(two, amounts.to(DEVICE), noises, 1.0, torch.tensor(True, device=DEVICE))
     assert bits(one) == bits(two)
 
 
@@ -90,7 +90,7 @@ def test_invalid_step_leaves_the_bits(dtype: torch.dtype) -> None:
     w, amounts, noises = weights(515, dtype), torch.tensor([float("nan"), 1.0]), queries(GaussianNoise, KEYS[1], 2)
     for update, device in ((plain.update, "cpu"), (fused.update, DEVICE)):
         moved = w.clone().to(device)
-        update(moved, amounts.to(device), noises, 0.5, torch.tensor(False, device=device), KEYS[1])
+        update(moved, amounts.to(device), noises, 0.5, torch.tensor(False, device=device))
         assert bits(moved) == bits(w)
 
 
@@ -105,7 +105,7 @@ def test_plain_passes_follow_the_description(kind: type[Noise]) -> None:
     out = plain.materialise(torch.from_numpy(w), torch.tensor(0.25), kind(key))
     assert np.array_equal(out.numpy(), w + z0 * np.float32(0.25))
     moved = torch.from_numpy(w.copy())
-    plain.update(moved, torch.tensor([0.5, -2.0]), queries(kind, key, 2), 0.75, torch.tensor(True), key)
+    plain.update(moved, torch.tensor([0.5, -2.0]), queries(kind, key, 2), 0.75, torch.tensor(True))
     assert np.array_equal(moved.numpy(), w * np.float32(0.75) + (z0 * np.float32(0.5) + z1 * np.float32(-2)))
 
 
@@ -117,7 +117,7 @@ def test_chunks_change_nothing() -> None:
     z = GaussianNoise(key).draw(0, numel, torch.device("cpu"))
     assert torch.equal(out, (w.float() + z * 0.01).bfloat16())
     moved = w.clone()
-    kernels.update(moved, torch.tensor([1e-3]), [GaussianNoise(key)], 1.0, torch.tensor(True), key)
+    kernels.update(moved, torch.tensor([1e-3]), [GaussianNoise(key)], 1.0, torch.tensor(True))
     tail = kernels.stochastic_round(
         (w.float() + z * 1e-3)[-300:],
         torch.from_numpy(reference.rounding(key.seed, "b.weight", key.step, 0, numel))[-300:],

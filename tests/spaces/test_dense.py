@@ -500,7 +500,7 @@ class TestCommonTestFindsMistakes:
             def verify(self, *arguments: Any) -> SetupReport:
                 return SetupReport()  # the real one refuses the walk at once
 
-            def probe(self, direction: Direction, distance: float) -> Any:
+            def probe(self, direction: Direction, distance: float, hold: bool = False) -> Any:
                 @contextmanager
                 def walk() -> Iterator[None]:
                     for sign in (1, -1):
@@ -516,14 +516,14 @@ class TestCommonTestFindsMistakes:
 
     def test_ignored_sign(self) -> None:
         class Unsigned(DenseSpace):
-            def probe(self, direction: Direction, distance: float) -> Any:
-                return super().probe(direction, abs(distance))
+            def probe(self, direction: Direction, distance: float, hold: bool = False) -> Any:
+                return super().probe(direction, abs(distance), hold)
 
         self.check(Unsigned, "does not respond to the sign")
 
     def test_forgotten_block(self) -> None:
         class Forgetful(DenseSpace):
-            def probe(self, direction: Direction, distance: float) -> Any:
+            def probe(self, direction: Direction, distance: float, hold: bool = False) -> Any:
                 scales = direction.scales.clone()
                 scales[1] = 0
                 return super().probe(Direction(direction.sampler, direction.seed, direction.step, direction.query, scales), distance)

@@ -19,6 +19,7 @@ _LINES = {
     "accuracy": "accuracy",
     "exact_match": "exact match",
     "f1": "F1",
+    "reward": "reward",
     "loss_calibrated": "loss with the run's biases",
     "accuracy_calibrated": "accuracy with the run's biases",
     "loss_corrected": "loss, bias-corrected",
@@ -57,16 +58,19 @@ class RunReport(Callback):
         held = sum(block.numel * block.tensor.element_size() for block in space.blocks)
         hold = module.batch_objective().several_forwards
         seconds, activations = self._time_forward(module)
-        print(f"moves        {len(space.blocks)} blocks, {space.numel:,} parameters, {str(space.blocks[0].dtype).removeprefix('torch.')}")
-        print(f"costs        {forwards} forwards a step, {steps:,} steps to go" + (f", {forwards * steps:,} forwards" if steps else ""))
-        scratch = held if hold else largest
-        memory = f"weights {_size(weights)}, scratch of a probe {_size(scratch)}"
-        print(f"memory       {memory}" + (f", activations {_size(activations)}" if activations else ""))
+        dtype, scratch = str(space.blocks[0].dtype).removeprefix("torch."), held if hold else largest
+        lines = [
+            f"moves        {len(space.blocks)} blocks, {space.numel:,} parameters, {dtype}",
+            f"costs        {forwards} forwards a step, {steps:,} steps to go" + (f", {forwards * steps:,} forwards" if steps else ""),
+            f"memory       weights {_size(weights)}, scratch of a probe {_size(scratch)}"
+            + (f", activations {_size(activations)}" if activations else ""),
+        ]
         if seconds and steps:
-            print(f"time         about {_duration(seconds * forwards * steps)} of forwards alone (one took {seconds * 1e3:.0f} ms)")
+            lines.append(f"time         about {_duration(seconds * forwards * steps)} of forwards alone (one took {seconds * 1e3:.0f} ms)")
         if "constant_loss" in self.before:
             constant = f"loss {self.before['constant_loss']:.3f}, accuracy {self.before['constant_accuracy']:.3f}"
-            print(f"constant     always the training rows' label frequencies: {constant}", flush=True)
+            lines.append(f"constant     always the training rows' label frequencies: {constant}")
+        print("\n".join(lines), flush=True)
 
     @staticmethod
     @torch.no_grad()

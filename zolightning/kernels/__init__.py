@@ -15,7 +15,7 @@ from torch import Tensor
 from zolightning.kernels import plain
 from zolightning.kernels.plain import compute_dtype
 from zolightning.kernels.rounding import stochastic_round
-from zolightning.noise import Key, Noise
+from zolightning.noise import Noise
 
 __all__ = ["compute_dtype", "materialise", "stochastic_round", "update"]
 
@@ -44,7 +44,7 @@ def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
     return plain.materialise(weight, amount, noise)
 
 
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor, rounding: Key) -> None:
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor) -> None:
     r"""In-place step :math:`W \leftarrow d W + \sum_q a_q z_q`; 16-bit weights are rounded stochastically.
 
     Args:
@@ -53,11 +53,12 @@ def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: floa
         noises: ``Q`` noises of one block and step, with consecutive queries.
         decay: The factor ``d``; 1 for no weight decay.
         valid: 0-d bool on the weights' device; false leaves the weights as they are.
-        rounding: Key of the rounding bits.
+
+    The rounding bits belong to the first noise's key.
     """
     if _fusable(weight, noises[0]):
         from zolightning.kernels import fused
 
-        fused.update(weight, amounts, noises, decay, valid, rounding)
+        fused.update(weight, amounts, noises, decay, valid)
     else:
-        plain.update(weight, amounts, noises, decay, valid, rounding)
+        plain.update(weight, amounts, noises, decay, valid)

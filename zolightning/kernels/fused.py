@@ -100,7 +100,7 @@ def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
     return out
 
 
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor, rounding: Key) -> None:
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor) -> None:
     """Triton form of :func:`zolightning.kernels.update`; the queries must be consecutive."""
     _update[_grid(weight.numel())](
         weight, amounts, amounts.stride(0), valid, decay, *_key(noises[0].key), len(noises), weight.numel(),

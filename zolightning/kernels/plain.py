@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zolightning.kernels.rounding import stochastic_round
-from zolightning.noise import Key, Noise, rounding_bits
+from zolightning.noise import Noise, rounding_bits
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +25,7 @@ def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
     return out
 
 
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor, rounding: Key) -> None:
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor) -> None:
     """``weight <- decay * weight + sum_q amounts[q] * z_q`` in place; see :func:`zolightning.kernels.update`."""
     if not bool(valid):
         return
@@ -38,5 +38,5 @@ def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: floa
             total = total + z.to(compute) * amount
         moved = target[start:stop].to(compute) * decay + total
         if weight.dtype in (torch.bfloat16, torch.float16):
-            moved = stochastic_round(moved, rounding_bits(rounding, start, stop - start, weight.device), weight.dtype)
+            moved = stochastic_round(moved, rounding_bits(noises[0].key, start, stop - start, weight.device), weight.dtype)
         target[start:stop] = moved

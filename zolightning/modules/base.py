@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zolightning.models import DType, load_model, load_tokenizer
 from zolightning.modules.evaluation import EVALUATIONS, CandidateEvaluation, Context, Evaluation, Prediction
-from zolightning.objectives import CandidateCrossEntropy, Objective, TokenCrossEntropy
+from zolightning.objectives import CandidateCrossEntropy, Objective, Reward, TokenCrossEntropy
 from zolightning.spaces import DenseSpace, Space
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ class ZOModule(pl.LightningModule):
         context = Context()
         if task is not None:
             biases = getattr(self.objective, "biases", None)
-            context = Context(getattr(self.data, f"{split}_examples"), self.tokenizer, task.max_new_tokens, task.metric, biases)
+            reward = self.objective if isinstance(self.objective, Reward) else None
+            length = reward.max_new_tokens if reward is not None else task.max_new_tokens
+            context = Context(getattr(self.data, f"{split}_examples"), self.tokenizer, length, task.metric, biases, reward)
         return EVALUATIONS[self._task_objective()](context)
 
     @torch.no_grad()

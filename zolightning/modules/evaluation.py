@@ -16,7 +16,7 @@ from zolightning.objectives.calibration import candidate_figures, constant_figur
 from zolightning.objectives.candidate import candidate_scores, spread
 from zolightning.objectives.forward import scored_log_probs
 from zolightning.objectives.generate import generate_text
-from zolightning.objectives.reward import squad_scores
+from zolightning.objectives.reward import Reward, squad_scores
 
 VALIDATION, CALIBRATION = 0, 1
 Prediction = dict[str, Any]
@@ -32,6 +32,7 @@ class Context:
         max_new_tokens: Most tokens to generate.
         metric: ``accuracy``, ``f1`` or ``exact_match``.
         biases: Candidate biases that belong to the run, ``[K]``.
+        reward: The run's objective where it is a reward: predictions are judged by it as well.
     """
 
     examples: Sequence[Any] = ()
@@ -39,6 +40,7 @@ class Context:
     max_new_tokens: int = 50
     metric: str = "accuracy"
     biases: Tensor | None = None
+    reward: Reward | None = None
 
 
 class Evaluation(ABC):
@@ -46,10 +48,21 @@ class Evaluation(ABC):
 
     def __init__(self, context: Context | None = None) -> None:
         self.context = context if context is not None else Context()
+        self._rewards: list[float] = []
 
     @abstractmethod
     def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> list[Prediction]:
         """Score one batch; returns one prediction per example, ready for JSON."""
+
+    def judge(self, kind: str, indices: Sequence[int], predictions: Sequence[str]) -> None:
+        """Let the run's reward judge predictions, if it is made for predictions of that kind."""
+        reward, examples = self.context.reward, self.context.examples
+        if reward is not None and reward.predict == kind and examples:
+            self._rewards += reward.rewards(predictions, [examples[index] for index in indices])
+
+    def reward_figures(self) -> dict[str, float]:
+        """``reward``, where there is one."""
+        return {"reward": sum(self._rewards) / len(self._rewards)} if self._rewards else {}
 
     @abstractmethod
     def figures(self) -> dict[str, float]:
@@ -80,11 +93,16 @@ class CandidateEvaluation(Evaluation):
         if loader != VALIDATION or "index" not in batch:
             return []
         shifted = scores if self.context.biases is None else scores + self.context.biases.to(scores)
-        rows = zip(batch["index"].tolist(), batch["label"].tolist(), torch.softmax(shifted, dim=1).tolist(), strict=True)
+        rows = list(zip(batch["index"].tolist(), batch["label"].tolist(), torch.softmax(shifted, dim=1).tolist(), strict=True))
+        if self.context.examples:
+            chosen = zip(batch["index"].tolist(), scores.argmax(dim=1).tolist(), strict=True)
+            self.judge("choose", batch["index"].tolist(), [self.context.examples[i].candidates[choice] for i, choice in chosen])
         out = []
         for index, label, probabilities in rows:
             choice = max(range(len(probabilities)), key=probabilities.__getitem__)
-            out.append({"index": index, "prediction": choice, "text": self.text(index, choice), "label": label, "probabilities": probabilities})
+            out.append(
+                {"index": index, "prediction": choice, "text": self.text(index, choice), "label": label, "probabilities": probabilities}
+            )
         return out
 
     def figures(self) -> dict[str, float]:
@@ -92,7 +110,7 @@ class CandidateEvaluation(Evaluation):
         if bool((labels < 0).any()):
             return {}
         raw = candidate_figures(scores, labels)
-        figures = {"loss": raw.loss, "accuracy": raw.accuracy}
+        figures = {"loss": raw.loss, "accuracy": raw.accuracy, **self.reward_figures()}
         if self.context.biases is not None:
             own = candidate_figures(scores, labels, self.context.biases.double().cpu())
             figures |= {"loss_calibrated": own.loss, "accuracy_calibrated": own.accuracy}
@@ -124,14 +142,16 @@ class GoldEvaluation(Evaluation):
         scores, correct = spread(log_prob / length, batch, float("-inf")), spread(batch["correct"].to(log_prob.dtype), batch, 0.0)
         chosen = scores.argmax(dim=1, keepdim=True)
         self._hits.append(correct.gather(1, chosen).squeeze(1))
-        rows = zip(batch["index"].tolist(), chosen.squeeze(1).tolist(), batch["label"].tolist(), strict=True)
+        rows = list(zip(batch["index"].tolist(), chosen.squeeze(1).tolist(), batch["label"].tolist(), strict=True))
+        if self.context.examples:
+            self.judge("choose", [i for i, _, _ in rows], [self.context.examples[i].candidates[choice] for i, choice, _ in rows])
         return [{"index": i, "prediction": choice, "text": self.text(i, choice), "label": label} for i, choice, label in rows]
 
     def figures(self) -> dict[str, float]:
         loss, weight = (sum(part) for part in zip(*self._loss, strict=True))
         if float(weight) == 0:  # unlabelled rows
             return {}
-        return {"loss": float(loss / weight), "accuracy": float(torch.cat(self._hits).double().mean())}
+        return {"loss": float(loss / weight), "accuracy": float(torch.cat(self._hits).double().mean()), **self.reward_figures()}
 
 
 class AnswerEvaluation(Evaluation):
@@ -149,6 +169,7 @@ class AnswerEvaluation(Evaluation):
         if "prompt_ids" not in batch or self.context.tokenizer is None or not self.context.examples:
             return []
         texts = generate_text(model, self.context.tokenizer, batch, self.context.max_new_tokens)
+        self.judge("generate", batch["index"].tolist(), texts)
         out = []
         for index, text in zip(batch["index"].tolist(), texts, strict=True):
             answers = self.context.examples[index].answers
@@ -165,7 +186,7 @@ class AnswerEvaluation(Evaluation):
         if self._matches:
             exact, overlap = (sum(part) / len(self._matches) for part in zip(*self._matches, strict=True))
             figures |= {"exact_match": exact, "f1": overlap}
-        return figures
+        return figures | self.reward_figures()
 
 
 #: By the way a task is trained.

@@ -107,4 +107,4 @@ class Space(ABC):
             for index, block in enumerate(self.blocks):
                 own = amounts[index].to(block.tensor.device, kernels.compute_dtype(block.dtype))
                 noises = [direction.noise(block) for direction in directions]
-                kernels.update(block.tensor, own, noises, decay, valid, directions[0].key(block))
+                kernels.update(block.tensor, own, noises, decay, valid)

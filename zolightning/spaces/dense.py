@@ -132,9 +132,7 @@ class DenseSpace(Space):
             )
         return report
 
-    def _watched_probe(
-        self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool, report: SetupReport
-    ) -> set[str]:
+    def _watched_probe(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool, report: SetupReport) -> set[str]:
         """One probe under the watch; returns the blocks that leaked."""
         self._watch = ProbeWatch(self.model, self.blocks)
         try:
