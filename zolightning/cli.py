@@ -27,6 +27,7 @@ _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|^\s*Subtypes: |^\s*Given value( type)?: |^\s*Errors:\s*$"
     r"|Expected a <class 'NoneType'>"
 )
+_ECHO = re.compile(r"Type collections\.abc\.Callable\S* .*expects a function or a callable class: |\.? ?Got value: (Namespace|\{).*")
 # What Lightning says about every run of this kind, though nothing is wrong.
 _QUIET = (
     r".*treespec, LeafSpec.*",
@@ -47,8 +48,8 @@ class ZOArgumentParser(LightningArgumentParser):
         """Print the reason and leave with status 2."""
         if not self.exit_on_error:
             return super().error(message, ex)
-        lines = [line for line in str(message).splitlines() if line.strip() and not _NOISE.search(line)]
-        sys.stderr.write("error: " + "\n".join(lines[:6]) + "\n")
+        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip() and not _NOISE.search(line)]
+        sys.stderr.write("error: " + _ECHO.sub("", " ".join(lines)) + "\n")
         sys.exit(2)
 
 
@@ -89,9 +90,11 @@ class RunConfig(SaveConfigCallback):
     """``config.yaml`` in the run folder; only training writes it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file before training."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Nothing yet: a run that is refused must not replace the file of an earlier one."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class ZOCLI(LightningCLI):
@@ -123,6 +126,10 @@ class ZOCLI(LightningCLI):
                 print(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
             elif config.ckpt_path is None:
                 raise ValueError(f"no checkpoint in {last.parent}")
+        elif config.get("ckpt_path") is None and self.subcommand != "fit":
+            print("no ckpt_path: this is the base model as it is", flush=True)
+        if "weights_only" in config and config.weights_only is None:
+            config.weights_only = True  # a checkpoint is data, never code
         if "verbose" in config:
             config.verbose = False  # the figures are printed once, below
 

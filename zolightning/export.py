@@ -15,7 +15,7 @@ tags: [zolightning, zeroth-order]
 
 # {name}
 
-[{base}]({base}) fine-tuned with forward passes only by zolightning {version}.
+`{base}`, fine-tuned with forward passes only by zolightning {version}.
 
 | | |
 | --- | --- |
@@ -56,10 +56,10 @@ def _card(module: Any, checkpoint: dict[str, Any] | None, name: str, task: str) 
     states = (checkpoint or {}).get("optimizer_states") or [{"param_groups": [{}]}]
     group = states[0]["param_groups"][0]
     settings = {key: group.get(key, "-") for key in ("forwards", "lr", "eps", "seed")}
-    blocks = module.space.blocks
+    blocks, biases = module.space.blocks, getattr(module.objective, "biases", None)
     return _CARD.format(
         base=module.pretrained, name=name, version=zolightning.__version__, task=task, steps=group.get("step", 0),
         sampler=type(getattr(module, "sampler", None)).__name__, blocks=len(blocks), parameters=f"{module.space.numel:,}",
         dtype=str(blocks[0].dtype).removeprefix("torch."),
-        biases=getattr(module.objective, "biases", None) is not None and module.objective.biases.tolist(), **settings,
+        biases=biases.tolist() if biases is not None else "none", **settings,
     )  # fmt: skip

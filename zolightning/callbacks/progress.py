@@ -39,10 +39,14 @@ class RunProgress(ProgressBar):
         tqdm.write(" ".join(map(str, args)), file=sys.stdout)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start at the step of the checkpoint."""
-        steps = trainer.max_steps if trainer.max_steps > 0 else None
+        """Start the clock."""
         self._seen = (time.perf_counter(), self._forwards(pl_module))
-        self._bar = tqdm(total=steps, initial=trainer.global_step, unit="step", file=sys.stdout, disable=not self._enabled, ncols=110)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Draw the bar at the first batch, below what the run says beforehand."""
+        if self._bar is None:
+            steps = trainer.max_steps if trainer.max_steps > 0 else None
+            self._bar = tqdm(total=steps, initial=trainer.global_step, unit="step", file=sys.stdout, disable=not self._enabled, ncols=110)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +19,8 @@ from zolightning.spaces import DenseSpace, Space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("zolightning")
 
 OBJECTIVES: dict[str, type[Objective]] = {"candidates": CandidateCrossEntropy, "gold": TokenCrossEntropy, "answer": TokenCrossEntropy}
 
@@ -134,9 +138,10 @@ class ZOModule(pl.LightningModule):
         """Figures on the data module's validation rows, outside the Trainer's own loop."""
         if self.data is None or self.trainer.limit_val_batches == 0:
             return {}
-        evaluation = self.start_evaluation()
+        evaluation, limit = self.start_evaluation(), self.trainer.limit_val_batches
         for loader, batches in enumerate(self.data.val_dataloader()):
-            for batch in batches:
+            count = min(limit, len(batches)) if isinstance(limit, int) else int(limit * len(batches))
+            for batch in itertools.islice(batches, count):
                 evaluation.update(self.language_model, move_data_to_device(batch, self.device), loader)
         return evaluation.figures()
 
@@ -194,8 +199,13 @@ class ZOModule(pl.LightningModule):
                 there, here = saved.get(name, "missing"), own.get(name, "missing")
                 raise ValueError(f"a checkpoint of another model or space: block {name!r} is {there} there and {here} here")
         biases = checkpoint.get("zolightning", {}).get("biases")
-        if biases is not None and isinstance(self.batch_objective(), CandidateCrossEntropy):
-            self.batch_objective().biases = torch.tensor(biases, dtype=torch.float32, device=self.device)  # type: ignore[attr-defined]
+        if biases is not None and self.objective is None:
+            self.objective = CandidateCrossEntropy(calibrate=True)
+        if biases is not None and isinstance(self.objective, CandidateCrossEntropy):
+            if self.objective.calibrate:
+                self.objective.biases = torch.tensor(biases, dtype=torch.float32, device=self.device)
+            else:
+                log.warning("calibrate=false: the candidate biases of the checkpoint are left out")
 
     def _describe(self) -> dict[str, str]:
         return {block.name: f"{str(block.dtype).removeprefix('torch.')}{list(block.tensor.shape)}" for block in self.space.blocks}

@@ -96,6 +96,12 @@ class Reward(Objective):
 
     def prepare(self, tokenizer: Any, examples: Sequence[Any]) -> None:
         self._tokenizer, self._examples = tokenizer, examples
+        if self.predict == "choose" and not examples[0].candidates:
+            raise ValueError("predict='choose' needs a task with candidates; this one has free answers: use predict='generate'")
+        if self.name in ("f1", "exact_match") and not examples[0].answers:
+            raise ValueError(f"reward {self.name!r} needs a task with free answers; this one has candidates: use 'accuracy'")
+        if self.name == "accuracy" and not examples[0].candidates:
+            raise ValueError("reward 'accuracy' needs a task with candidates; this one has free answers: use 'exact_match' or 'f1'")
 
     def rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         examples = [self._examples[index] for index in batch["index"].tolist()]
