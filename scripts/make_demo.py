@@ -35,14 +35,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 Row = dict[str, Any]
 
 SEED = 0
-CLASSES = ("sports", "history", "science", "film")
-PROMPT = "{text}. this is about"  # each class is one token after it
+CLASSES = ("sports", "history", "science", "film")  # prompt: "{text}. this is about"; each class is one token after it
 TRAIN_PER_CLASS = 400
 VALIDATION_PER_CLASS = 160
 SHORTEST, LONGEST = 8, 18  # words of a snippet: the beginning of a sentence
 SHARED_RUN = 8  # two texts that share so many consecutive words are near-identical
 
 VOCABULARY = 3072
+WHOLE_WORDS = "about football history science film"  # one token each
 CONTEXT = 128
 BATCH = 16
 PEAK_LR = 3e-3
@@ -63,9 +63,8 @@ TOPIC_WORDS = {
 def read(folder: Path, task: str, split: str) -> list[Row]:
     """The rows of one split, plain or gzipped."""
     path = folder / task / f"{split}.jsonl"
-    opened = path.open(encoding="utf-8") if path.exists() else gzip.open(f"{path}.gz", "rt", encoding="utf-8")
-    with opened as lines:
-        return [json.loads(line) for line in lines]
+    text = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
+    return [json.loads(line) for line in text.decode().split("\n") if line]
 
 
 def clean(text: str) -> str:
@@ -181,7 +180,7 @@ def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*documents, *[f"about {' '.join(CLASSES)}"] * 100], trainer)  # so that each class is one token
+    backend.train_from_iterator([*documents, *[WHOLE_WORDS] * 100], trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256)
 
@@ -252,6 +251,8 @@ def store(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     model.float()
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     for key in ("backend", "is_local"):
@@ -261,15 +262,15 @@ def store(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[float, float]:
-    """Perplexity per token and per word; each text on its own, cut at the context."""
-    total, tokens, spelled = 0.0, 0, 0
+    """Perplexity per token, and bits per byte; each text on its own, cut at the context."""
+    total, tokens, size = 0.0, 0, 0
     for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"][:CONTEXT]])
+        ids = torch.tensor([tokenizer(text, truncation=True, max_length=CONTEXT)["input_ids"]])
         if ids.shape[1] > 1:
             total += float(F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
             tokens += ids.shape[1] - 1
-            spelled += len(tokenizer.decode(ids[0, 1:]).split())
-    return math.exp(total / tokens), math.exp(total / spelled)
+            size += len(tokenizer.decode(ids[0, 1:]).encode())
+    return math.exp(total / tokens), total / size / math.log(2)
 
 
 @torch.no_grad()
@@ -300,8 +301,8 @@ def one_word_rule(train: list[Row], validation: list[Row]) -> tuple[str, float]:
     _, where, word, yes, no = best
     hits = 0
     for row in validation:
-        found = words(row["text"])
-        hits += (yes if word in (found if where == "anywhere" else found[:1]) else no) == row["label"]
+        spelled = words(row["text"])
+        hits += (yes if word in (spelled if where == "anywhere" else spelled[:1]) else no) == row["label"]
     return f"if {word!r} occurs ({where}) {CLASSES[yes]}, else {CLASSES[no]}", hits / len(validation)
 
 
@@ -314,7 +315,7 @@ def bag_of_words(train: list[Row], validation: list[Row]) -> float:
 
 def _fit_words(train: list[Row], test: list[Row], decay: float) -> float:
     counts = Counter(word for row in train for word in set(words(row["text"])))
-    index = {word: i for i, (word, count) in enumerate(sorted(counts.items())) if count > 0}
+    index = {word: i for i, word in enumerate(sorted(counts))}
 
     def features(rows: list[Row]) -> Tensor:
         table = torch.zeros(len(rows), len(index) + 1)
@@ -395,8 +396,8 @@ def main() -> None:
     for source, texts in held_out.items():
         chosen = random.Random(SEED).sample(sorted(texts), min(200, len(texts)))
         everything += chosen
-        print("held-out perplexity, {:16s} {:7.1f} a token {:8.1f} a word".format(source, *perplexity(model, tokenizer, chosen)))
-    print("held-out perplexity, {:16s} {:7.1f} a token {:8.1f} a word".format("all", *perplexity(model, tokenizer, everything)))
+        print("held-out perplexity, {:16s} {:6.1f}, {:.2f} bits a byte".format(source, *perplexity(model, tokenizer, chosen)))
+    print("held-out perplexity, {:16s} {:6.1f}, {:.2f} bits a byte".format("all", *perplexity(model, tokenizer, everything)))
     for prompt in ("In the second quarter, the Ravens", "The film is", "In 1812, the French army", "A protein is", "The city of"):
         print("sample:", sample(model, tokenizer, prompt))
 

@@ -126,6 +126,9 @@ class ZOCLI(LightningCLI):
                 print(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
             elif config.ckpt_path is None:
                 raise ValueError(f"no checkpoint in {last.parent}")
+        elif config.get("ckpt_path") is None and self.subcommand == "fit" and (folder / "checkpoints" / "last.ckpt").exists():
+            (folder / "checkpoints" / "last.ckpt").replace(folder / "checkpoints" / "previous.ckpt")
+            print(f"starting from step 0; the checkpoint of the run before is now {folder / 'checkpoints' / 'previous.ckpt'}", flush=True)
         elif config.get("ckpt_path") is None and self.subcommand != "fit":
             print("no ckpt_path: this is the base model as it is", flush=True)
         if "weights_only" in config and config.weights_only is None:
@@ -192,6 +195,7 @@ def main(args: ArgsType = None) -> ZOCLI:
             seed_everything_default=0,
             trainer_defaults={
                 "default_root_dir": "runs/zolightning",
+                "devices": 1,
                 "max_epochs": -1,
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
@@ -223,13 +227,14 @@ def be_quiet() -> None:
 def user_message(error: BaseException | None) -> str | None:
     """What to tell the user, or ``None`` where the error is a bug and deserves its traceback.
 
-    An error that this package raised itself, anywhere in the chain, is a message; so are Lightning's complaints about settings
+    An error that a ``raise`` of this package made, anywhere in the chain, is a message; so are Lightning's complaints about settings
     and files that are not there.
     """
     outer = error
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, (ValueError, OSError, RuntimeError)) and frames and _PACKAGE in Path(frames[-1].filename).parents:
+        deliberate = bool(frames) and (frames[-1].line or "").startswith("raise ") and _PACKAGE in Path(frames[-1].filename).parents
+        if deliberate and isinstance(error, (ValueError, RuntimeError)):
             return str(error)
         error = error.__cause__ or error.__context__
     return str(outer) if isinstance(outer, (FileNotFoundError, MisconfigurationException)) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -9,7 +10,16 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: The small model that comes with the package, and settings that suit it.
+DEMO = Path(__file__).parent / "demo" / "model"
+DEMO_LR, DEMO_EPS = 2e-4, 1e-3
+
 DType = Literal["float32", "bfloat16", "float16"]
+
+
+def resolve(pretrained: str) -> str:
+    """The folder of the model that comes with the package for ``demo``; anything else is a hub id or folder already."""
+    return str(DEMO) if pretrained == "demo" else pretrained
 
 
 def load_model(
@@ -22,7 +32,7 @@ def load_model(
     """Load a causal language model onto one device.
 
     Args:
-        pretrained: Hub id or folder.
+        pretrained: Hub id or folder; ``demo``: the small model that comes with the package.
         dtype: Type in which the weights are stored and computed with.
         device: Where it goes.
         attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...); ``None``: its choice.
@@ -42,13 +52,15 @@ def load_model(
     transformers_logging.disable_progress_bar()
     try:
         model: PreTrainedModel
-        model, info = AutoModelForCausalLM.from_pretrained(
-            pretrained,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        # Under a device context (Lightning sets one) transformers would ask for accelerate.
+        with torch.device("cpu"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                resolve(pretrained),
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load model {pretrained!r}: {_first_line(error)}") from error
     if info["missing_keys"]:
@@ -70,7 +82,7 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(pretrained), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {pretrained!r}: {_first_line(error)}") from error
     return tokenizer

@@ -317,10 +317,10 @@ def check_rule(rule: Rule) -> None:
     for dtype in (torch.float32, torch.float64):
         coefficients = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
         kept = coefficients.clone()
-        weights, decay = rule.move(coefficients, lr=0.1)
+        weights, shrink = rule.move(coefficients, lr=0.1)
         assert torch.equal(coefficients, kept), "move() changed its input"
         assert weights.shape == (3,), f"weights have shape {tuple(weights.shape)} for 3 directions"
         assert weights.dtype == dtype, f"weights are {weights.dtype} for {dtype} coefficients"
         assert bool(torch.isfinite(weights).all()), f"weights are not finite: {weights.tolist()}"
         assert float((weights * coefficients).sum()) < 0, "the step does not go down the estimate"
-        assert 0 < decay <= 1, f"decay={decay} must be above 0 and at most 1"
+        assert 0 <= shrink < 1, f"shrink={shrink} must be at least 0 and below 1"

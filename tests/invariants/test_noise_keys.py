@@ -27,7 +27,7 @@ def moves(model: nn.Module, sampler: Sampler, queries: int = 1, **patterns: list
     weights = torch.zeros(queries, dtype=space.compute_dtype)
     weights[-1] = 1.0
     with torch.no_grad():
-        space.move(directions, weights, 1.0, torch.tensor(True))
+        space.move(directions, weights, 0.0, torch.tensor(True))
     return {block.name: block.tensor.detach().float().clone() for block in space.blocks}
 
 

@@ -60,15 +60,15 @@ def test_materialise_of_a_transposed_weight() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("numel", "count", "decay"), [(1, 1, 1.0), (1023, 3, 1.0), (2053, 1, 0.9), (1027, 2, 0.999)])
-def test_update_has_the_same_bits(kind: type[Noise], dtype: torch.dtype, numel: int, count: int, decay: float) -> None:
+@pytest.mark.parametrize(("numel", "count", "shrink"), [(1, 1, 0.0), (1023, 3, 0.0), (2053, 1, 0.1), (1027, 2, 1e-9)])
+def test_update_has_the_same_bits(kind: type[Noise], dtype: torch.dtype, numel: int, count: int, shrink: float) -> None:
     fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
     for key in KEYS[1:]:
         for scale in (1e-5, 0.3):
             one = weights(numel, dtype)
             two, amounts, noises = one.clone().to(DEVICE), torch.randn(count) * scale, queries(kind, key, count)
-            plain.update(one, amounts, noises, decay, torch.tensor(True))
-            fused.update(two, amounts.to(DEVICE), noises, decay, torch.tensor(True, device=DEVICE))
+            plain.update(one, amounts, noises, shrink, torch.tensor(True))
+            fused.update(two, amounts.to(DEVICE), noises, shrink, torch.tensor(True, device=DEVICE))
             assert bits(one) == bits(two)
 
 
@@ -78,8 +78,8 @@ def test_update_reads_strided_amounts_and_any_first_query() -> None:
     key = Key(3, 5, 1, query=6)
     one, amounts, noises = torch.randn(130).bfloat16(), torch.randn(3, 4)[:, 2], queries(GaussianNoise, key, 3)
     two = one.clone().to(DEVICE)
-    plain.update(one, amounts, noises, 1.0, torch.tensor(True))
-    fused.update(two, amounts.to(DEVICE), noises, 1.0, torch.tensor(True, device=DEVICE))
+    plain.update(one, amounts, noises, 0.0, torch.tensor(True))
+    fused.update(two, amounts.to(DEVICE), noises, 0.0, torch.tensor(True, device=DEVICE))
     assert bits(one) == bits(two)
 
 
@@ -105,8 +105,20 @@ def test_plain_passes_follow_the_description(kind: type[Noise]) -> None:
     out = plain.materialise(torch.from_numpy(w), torch.tensor(0.25), kind(key))
     assert np.array_equal(out.numpy(), w + z0 * np.float32(0.25))
     moved = torch.from_numpy(w.copy())
-    plain.update(moved, torch.tensor([0.5, -2.0]), queries(kind, key, 2), 0.75, torch.tensor(True))
-    assert np.array_equal(moved.numpy(), w * np.float32(0.75) + (z0 * np.float32(0.5) + z1 * np.float32(-2)))
+    plain.update(moved, torch.tensor([0.5, -2.0]), queries(kind, key, 2), 0.25, torch.tensor(True))
+    assert np.array_equal(moved.numpy(), w + ((z0 * np.float32(0.5) + z1 * np.float32(-2)) - w * np.float32(0.25)))
+
+
+def test_small_weight_decay_arrives() -> None:
+    """A rate of 1e-8, far below what ``1 - rate`` can say in float32, shrinks the weights on average."""
+    numel, key = 1 << 20, KEYS[0]
+    moved = []
+    for amount in (1e-3, -1e-3):  # opposite steps: their mean is the decay alone
+        w = torch.ones(numel)
+        kernels.update(w, torch.tensor([amount]), [GaussianNoise(key)], 1e-8, torch.tensor(True))
+        moved.append(w.double())
+    shift, noise = float((moved[0] + moved[1] - 2).mean() / 2), 6e-8 / (2 * numel) ** 0.5
+    assert abs(shift + 1e-8) < 4 * noise
 
 
 def test_chunks_change_nothing() -> None:
@@ -117,7 +129,7 @@ def test_chunks_change_nothing() -> None:
     z = GaussianNoise(key).draw(0, numel, torch.device("cpu"))
     assert torch.equal(out, (w.float() + z * 0.01).bfloat16())
     moved = w.clone()
-    kernels.update(moved, torch.tensor([1e-3]), [GaussianNoise(key)], 1.0, torch.tensor(True))
+    kernels.update(moved, torch.tensor([1e-3]), [GaussianNoise(key)], 0.0, torch.tensor(True))
     tail = kernels.stochastic_round(
         (w.float() + z * 1e-3)[-300:],
         torch.from_numpy(reference.rounding(key.seed, "b.weight", key.step, 0, numel))[-300:],

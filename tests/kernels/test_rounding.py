@@ -77,7 +77,7 @@ def test_tiny_updates_arrive(dtype: torch.dtype) -> None:
     step = 1e-6
     weight = torch.ones(DRAWS, dtype=dtype)
     key = Key(5, 6, 7)
-    kernels.update(weight, torch.tensor([step]), [_Ones(key)], 1.0, torch.tensor(True))
+    kernels.update(weight, torch.tensor([step]), [_Ones(key)], 0.0, torch.tensor(True))
     unit = torch.finfo(dtype).eps
     step_seen = float(torch.tensor(1.0 + step).double() - 1.0)  # what float32 keeps of it
     assert abs(float(weight.double().mean()) - 1.0 - step_seen) < 4 * math.sqrt(step * unit / DRAWS)
@@ -88,5 +88,5 @@ def test_zero_amount_never_moves_weights() -> None:
     """A zero coefficient leaves 16-bit weights where they are: rounding adds no noise of its own."""
     weight = torch.randn(4097).half()
     moved, key = weight.clone(), Key(1, 1, 1)
-    kernels.update(moved, torch.zeros(1), [GaussianNoise(key)], 1.0, torch.tensor(True))
+    kernels.update(moved, torch.zeros(1), [GaussianNoise(key)], 0.0, torch.tensor(True))
     assert torch.equal(moved, weight)

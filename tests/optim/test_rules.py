@@ -16,9 +16,9 @@ def test_common(rule: Rule) -> None:
 
 
 def test_sgd_by_hand() -> None:
-    weights, decay = SGD(weight_decay=0.5).move(torch.tensor([2.0, -4.0]), lr=0.25)
+    weights, shrink = SGD(weight_decay=0.5).move(torch.tensor([2.0, -4.0]), lr=0.25)
     assert torch.equal(weights, torch.tensor([-0.5, 1.0]))
-    assert decay == 0.875
+    assert shrink == 0.125
 
 
 @pytest.mark.parametrize("weight_decay", [-0.1, float("nan")])
@@ -29,22 +29,22 @@ def test_negative_weight_decay(weight_decay: float) -> None:
 
 class Uphill(SGD):
     def move(self, coefficients: Tensor, lr: float) -> Move:
-        return Move(coefficients * lr, 1.0)
+        return Move(coefficients * lr, 0.0)
 
 
 class Growing(SGD):
     def move(self, coefficients: Tensor, lr: float) -> Move:
-        return super().move(coefficients, lr)._replace(decay=1.0 + lr)
+        return super().move(coefficients, lr)._replace(shrink=-lr)
 
 
 class InPlace(SGD):
     def move(self, coefficients: Tensor, lr: float) -> Move:
-        return Move(coefficients.mul_(-lr), 1.0)
+        return Move(coefficients.mul_(-lr), 0.0)
 
 
 @pytest.mark.parametrize(
     ("rule", "complaint"),
-    [(Uphill(), "does not go down"), (Growing(), "at most 1"), (InPlace(), "changed its input")],
+    [(Uphill(), "does not go down"), (Growing(), "at least 0"), (InPlace(), "changed its input")],
     ids=["up", "grow", "in-place"],
 )
 def test_common_test_finds_mistakes(rule: Rule, complaint: str) -> None:

@@ -467,7 +467,7 @@ class TestMove:
         directions = sampler.directions(3, 4, 2)
         before = [block.tensor.detach().clone().double() for block in space.blocks]
         with torch.no_grad():
-            space.move(directions, torch.tensor([0.01, -0.02], dtype=space.compute_dtype), 0.9, torch.tensor(True))
+            space.move(directions, torch.tensor([0.01, -0.02], dtype=space.compute_dtype), 0.1, torch.tensor(True))
         for block, old in zip(space.blocks, before, strict=True):
             z = [d.noise(block).draw(0, block.numel, torch.device("cpu")).double().view_as(old) for d in directions]
             expected = 0.9 * old + 0.01 * z[0] - 0.02 * z[1]
@@ -479,7 +479,7 @@ class TestMove:
         objects = [id(p) for p in model.parameters()]
         space = DenseSpace(model)
         with torch.no_grad():
-            space.move([direction(space)], torch.tensor([1.0]), 1.0, torch.tensor(True))
+            space.move([direction(space)], torch.tensor([1.0]), 0.0, torch.tensor(True))
         assert [id(p) for p in model.parameters()] == objects
         assert all(p.requires_grad for p in model.parameters())
 
@@ -532,8 +532,8 @@ class TestCommonTestFindsMistakes:
 
     def test_moves_when_not_valid(self) -> None:
         class Eager(DenseSpace):
-            def move(self, directions: Any, weights: Tensor, decay: float, valid: Tensor) -> None:
-                super().move(directions, weights, decay, torch.tensor(True))
+            def move(self, directions: Any, weights: Tensor, shrink: float, valid: Tensor) -> None:
+                super().move(directions, weights, shrink, torch.tensor(True))
 
         self.check(Eager, "an update that is not valid")
 

@@ -13,7 +13,14 @@ from zolightning.samplers import RademacherSampler
 from zolightning.tasks import TASKS, TaskDataModule
 
 FIGURES = {
-    "candidates": {"val/loss", "val/accuracy", "val/loss_corrected", "val/accuracy_corrected", "val/constant_loss", "val/constant_accuracy"},
+    "candidates": {
+        "val/loss",
+        "val/accuracy",
+        "val/loss_corrected",
+        "val/accuracy_corrected",
+        "val/constant_loss",
+        "val/constant_accuracy",
+    },
     "gold": {"val/loss", "val/accuracy"},
     "answer": {"val/loss", "val/exact_match", "val/f1"},
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,11 +29,19 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state, however small ``max_steps`` is."""
         super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
-            self._save(trainer)
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_checkpoint(trainer, str(Path(str(self.dirpath)) / "last.ckpt"))
 
-    def _save(self, trainer: Trainer) -> None:
-        self._save_checkpoint(trainer, str(Path(str(self.dirpath)) / "last.ckpt"))
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Write beside the file, then rename: Lightning itself goes through the system's temporary folder, often another disk."""
+        partial = f"{filepath}.partial"
+        trainer.save_checkpoint(partial, self.save_weights_only)
+        if trainer.is_global_zero:
+            os.replace(partial, filepath)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(proxy(self))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep: the path never changes."""

@@ -55,8 +55,9 @@ class RunProgress(ProgressBar):
             self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar at the last step."""
         if self._bar is not None:
+            self._bar.update(trainer.global_step - self._bar.n)
             self._bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

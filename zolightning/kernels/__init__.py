@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,15 +16,23 @@ from torch import Tensor
 from zolightning.kernels import plain
 from zolightning.kernels.plain import compute_dtype
 from zolightning.kernels.rounding import stochastic_round
-from zolightning.noise import Noise
+from zolightning.noise import GaussianNoise, Noise, RademacherNoise
 
 __all__ = ["compute_dtype", "materialise", "stochastic_round", "update"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _fusable(weight: Tensor, noise: Noise) -> bool:
-    return bool(weight.is_cuda and _HAS_TRITON and noise.fused and weight.dtype != torch.float64)
+def _fusable(weight: Tensor, noises: Sequence[Noise]) -> bool:
+    """Whether the kernels draw the very same numbers: known noise, unchanged by a subclass, with consecutive queries."""
+    kind, first = type(noises[0]), noises[0].key
+    return (
+        weight.is_cuda
+        and _HAS_TRITON
+        and weight.dtype != torch.float64
+        and kind in (GaussianNoise, RademacherNoise)
+        and all(type(n) is kind and n.key == replace(first, query=first.query + q) for q, n in enumerate(noises))
+    )
 
 
 def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
@@ -37,28 +46,28 @@ def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
     Returns:
         New contiguous tensor of the same shape and dtype.
     """
-    if _fusable(weight, noise):
+    if _fusable(weight, (noise,)):
         from zolightning.kernels import fused
 
         return fused.materialise(weight, amount, noise)
     return plain.materialise(weight, amount, noise)
 
 
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor) -> None:
-    r"""In-place step :math:`W \leftarrow d W + \sum_q a_q z_q`; 16-bit weights are rounded stochastically.
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], shrink: float, valid: Tensor) -> None:
+    r"""In-place step :math:`W \leftarrow W + (\sum_q a_q z_q - r W)`; 16-bit weights are rounded stochastically.
 
     Args:
         weight: Contiguous tensor, any shape.
         amounts: The factors ``a_q``: shape ``[Q]``, float32 (float64 for float64 weights).
         noises: ``Q`` noises of one block and step, with consecutive queries.
-        decay: The factor ``d``; 1 for no weight decay.
+        shrink: The rate ``r`` of weight decay; 0 for none. It is not a factor ``1 - r``, which float32 would round to 1.
         valid: 0-d bool on the weights' device; false leaves the weights as they are.
 
     The rounding bits belong to the first noise's key.
     """
-    if _fusable(weight, noises[0]):
+    if _fusable(weight, noises):
         from zolightning.kernels import fused
 
-        fused.update(weight, amounts, noises, decay, valid)
+        fused.update(weight, amounts, noises, shrink, valid)
     else:
-        plain.update(weight, amounts, noises, decay, valid)
+        plain.update(weight, amounts, noises, shrink, valid)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,7 @@ from zolightning.noise import Key, Noise
 
 _HALF_TINY = tl.constexpr(HALF_TINY)
 _OCTETS = 128  # one octet (8 elements) a thread of a 4-warp program
-_SCALARS = ["k0", "k1", "block", "step", "query", "queries", "numel", "decay"]  # values that change must not recompile
+_SCALARS = ["k0", "k1", "block", "step", "query", "queries", "numel", "shrink"]  # values that change must not recompile
 
 
 @triton.jit
@@ -62,7 +64,7 @@ def _materialise(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _update(
-    weight, amounts, stride, valid, decay, k0, k1, block, step, query, queries, numel,
+    weight, amounts, stride, valid, shrink, k0, k1, block, step, query, queries, numel,
     GAUSSIAN: tl.constexpr, ROUND: tl.constexpr, HALF: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     if tl.load(valid):
@@ -73,7 +75,7 @@ def _update(
             z = draw(_u32(k0), _u32(k1), octet, _u32(block), _u32(step), _u32(query + q), GAUSSIAN)
             total = total + z * tl.load(amounts + q * stride)
         w = tl.load(weight + at, mask=at < numel).to(tl.float32)
-        w = w * decay + total
+        w = w + (total - w * shrink)
         if ROUND:
             w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, _u32(block), _u32(step), _u32(query)), HALF)
         tl.store(weight + at, w.to(weight.dtype.element_ty), mask=at < numel)
@@ -81,6 +83,11 @@ def _update(
 
 def _grid(numel: int) -> tuple[int]:
     return (triton.cdiv(numel, _OCTETS * 8),)
+
+
+def _on(weight: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the weights'."""
+    return torch.cuda.device(weight.device) if weight.is_cuda else nullcontext()
 
 
 def _key(key: Key) -> tuple[int, int, int, int, int]:
@@ -93,17 +100,19 @@ def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
     """Triton form of :func:`zolightning.kernels.materialise`."""
     weight = weight.contiguous()
     out = torch.empty_like(weight)
-    _materialise[_grid(weight.numel())](
-        out, weight, amount, *_key(noise.key), weight.numel(),
-        GAUSSIAN=noise.fused == "gaussian", BF16=weight.dtype == torch.bfloat16, OCTETS=_OCTETS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with _on(weight):
+        _materialise[_grid(weight.numel())](
+            out, weight, amount, *_key(noise.key), weight.numel(),
+            GAUSSIAN=noise.fused == "gaussian", BF16=weight.dtype == torch.bfloat16, OCTETS=_OCTETS, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor) -> None:
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], shrink: float, valid: Tensor) -> None:
     """Triton form of :func:`zolightning.kernels.update`; the queries must be consecutive."""
-    _update[_grid(weight.numel())](
-        weight, amounts, amounts.stride(0), valid, decay, *_key(noises[0].key), len(noises), weight.numel(),
-        GAUSSIAN=noises[0].fused == "gaussian", ROUND=weight.dtype != torch.float32, HALF=weight.dtype == torch.float16,
-        OCTETS=_OCTETS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with _on(weight):
+        _update[_grid(weight.numel())](
+            weight, amounts, amounts.stride(0), valid, shrink, *_key(noises[0].key), len(noises), weight.numel(),
+            GAUSSIAN=noises[0].fused == "gaussian", ROUND=weight.dtype != torch.float32, HALF=weight.dtype == torch.float16,
+            OCTETS=_OCTETS, enable_fp_fusion=False,
+        )  # fmt: skip

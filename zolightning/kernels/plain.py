@@ -25,9 +25,9 @@ def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
     return out
 
 
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: float, valid: Tensor) -> None:
-    """``weight <- decay * weight + sum_q amounts[q] * z_q`` in place; see :func:`zolightning.kernels.update`."""
-    if not bool(valid):
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], shrink: float, valid: Tensor) -> None:
+    """``weight <- weight + (sum_q amounts[q] * z_q - shrink * weight)`` in place; see :func:`zolightning.kernels.update`."""
+    if weight.device.type == "cpu" and not bool(valid):
         return
     compute = compute_dtype(weight.dtype)
     target = weight.view(-1)
@@ -36,7 +36,8 @@ def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], decay: floa
         total = torch.zeros(stop - start, dtype=compute, device=weight.device)
         for amount, (_, _, z) in zip(amounts, chunk, strict=True):
             total = total + z.to(compute) * amount
-        moved = target[start:stop].to(compute) * decay + total
+        old = target[start:stop]
+        moved = old.to(compute) + (total - old.to(compute) * shrink)
         if weight.dtype in (torch.bfloat16, torch.float16):
             moved = stochastic_round(moved, rounding_bits(noises[0].key, start, stop - start, weight.device), weight.dtype)
-        target[start:stop] = moved
+        target[start:stop] = torch.where(valid, moved.to(weight.dtype), old)  # a look at the flag would wait for the device

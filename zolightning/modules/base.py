@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zolightning")
 
+_FORMAT = 1  # of what a checkpoint holds beside Lightning's own
+
 OBJECTIVES: dict[str, type[Objective]] = {"candidates": CandidateCrossEntropy, "gold": TokenCrossEntropy, "answer": TokenCrossEntropy}
 
 
@@ -29,7 +31,7 @@ class ZOModule(pl.LightningModule):
     """A causal language model under forward-only training: loading, evaluation and checkpoints.
 
     Args:
-        pretrained: Hub id or folder of the base model.
+        pretrained: Hub id or folder of the base model; demo: the small model that comes with the package.
         dtype: Type in which the weights are stored and computed with; ``Trainer.precision`` stays 32-true.
         space: What moves, and how a probe sees it; called with the model.
         objective: What is minimised; without it: the task's own (cross-entropy of candidates or of answer tokens).
@@ -81,14 +83,16 @@ class ZOModule(pl.LightningModule):
         """Refuse settings that would silently spoil the run.
 
         Raises:
-            ValueError: ``Trainer.precision`` is not 32-true.
+            ValueError: ``Trainer.precision`` is not 32-true, or there is more than one process.
         """
+        if self.trainer.world_size > 1:
+            raise ValueError(f"a run uses one device, trainer.devices asks for {self.trainer.world_size} processes: set trainer.devices=1")
         if self.trainer.precision != "32-true":
             given = self.trainer.precision
             raise ValueError(f"trainer.precision={given!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
 
     def configure_model(self) -> None:
-        """Load the base model once, straight onto the module's device."""
+        """Load the base model once; Lightning moves it to the device."""
         if self.model is not None:
             return
         self.model = load_model(self.pretrained, self.dtype_name, self.device, self.attn_implementation, self.trust_remote_code)
@@ -179,8 +183,9 @@ class ZOModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the blocks that move, under their canonical names; the base is rebuilt from its id."""
-        checkpoint["state_dict"] = {f"model.{block.name}": block.tensor.detach() for block in self.space.blocks}
-        checkpoint["zolightning"] = {"pretrained": self.pretrained, "blocks": self._describe()}
+        others = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("model.")}
+        checkpoint["state_dict"] = {f"model.{block.name}": block.tensor.detach() for block in self.space.blocks} | others
+        checkpoint["zolightning"] = {"format": _FORMAT, "pretrained": self.pretrained, "blocks": self._describe()}
         biases = getattr(self.objective, "biases", None)
         if biases is not None:
             checkpoint["zolightning"]["biases"] = biases.tolist()
@@ -192,6 +197,9 @@ class ZOModule(pl.LightningModule):
             ValueError: Blocks, shapes or types differ.
         """
         self.configure_model()
+        version = checkpoint.get("zolightning", {}).get("format", _FORMAT)
+        if version != _FORMAT:
+            raise ValueError(f"the checkpoint has format {version}, this version of zolightning reads {_FORMAT}")
         saved = cast(dict[str, str], checkpoint.get("zolightning", {}).get("blocks", {}))
         own = self._describe()
         for name in [*own, *saved]:

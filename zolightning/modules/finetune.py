@@ -11,7 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from zolightning.estimators import Estimator, TwoPoint
-from zolightning.models import DType
+from zolightning.models import DEMO_EPS, DEMO_LR, DType
 from zolightning.modules.base import ZOModule
 from zolightning.modules.evaluation import CALIBRATION, CandidateEvaluation
 from zolightning.objectives import CandidateCrossEntropy, Objective, fit_biases
@@ -28,7 +28,7 @@ class ZOFinetuneModule(ZOModule):
     """Fine-tunes a causal language model with forward passes only.
 
     Args:
-        pretrained: Hub id or folder of the base model.
+        pretrained: Hub id or folder of the base model; demo: the small model that comes with the package.
         dtype: Type in which the weights are stored and computed with; ``Trainer.precision`` stays 32-true.
         space: What moves, and how a probe sees it; called with the model.
         sampler: Distribution of the directions; without it: Gaussian.
@@ -72,6 +72,8 @@ class ZOFinetuneModule(ZOModule):
     def configure_optimizers(self) -> Any:
         """The zeroth-order optimizer on the space's blocks, and the schedule."""
         optimizer = self.make_optimizer(self.space, self.sampler, self.estimator)
+        if self.make_optimizer is ZOOptimizer and self.pretrained == "demo":  # the defaults are for large models
+            optimizer = ZOOptimizer(self.space, self.sampler, self.estimator, lr=DEMO_LR, eps=DEMO_EPS)
         if self.make_lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}}

@@ -61,6 +61,8 @@ def find_reward(reward: str | RewardFunction) -> RewardFunction:
         function: RewardFunction = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward {reward!r} is neither one of {', '.join(REWARDS)} nor a function to import ({error})") from error
+    if not callable(function):
+        raise ValueError(f"reward {reward!r} is not a function")
     return function
 
 

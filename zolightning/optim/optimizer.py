@@ -48,7 +48,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         space: What moves.
         sampler: Distribution of the directions; ``None``: Gaussian.
         estimator: Probes and coefficients; ``None``: two-point with one direction.
-        lr: Learning rate, in MeZO's units. Full fine-tuning of language models wants about 1e-7 to 1e-6.
+        lr: Learning rate, in MeZO's units. Full fine-tuning wants about 1e-5 for 100 million parameters and 1e-7 to 1e-6 for
+            billions.
         eps: Probe distance, in units of the weights.
         seed: Seed of all directions, 0 to 2**64 - 1.
         rule: Update rule; ``None``: :class:`SGD` without weight decay.
@@ -156,9 +157,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         stacked = torch.stack(losses)
         valid = torch.isfinite(stacked).all()
         self.coefficients = self.estimator.coefficients(stacked, group["eps"])
-        weights, decay = self.rule.move(self.coefficients, group["lr"])
+        weights, shrink = self.rule.move(self.coefficients, group["lr"])
         with uninterrupted():  # the weights and their step counter move together
-            self.space.move(directions, weights, decay, valid)
+            self.space.move(directions, weights, shrink, valid)
             group["step"] += 1
             group["forwards"] += len(losses)
         self._count_skipped(valid)
@@ -172,7 +173,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _set_up(self, evaluate: Callable[[], Tensor], direction: Any, eps: float, hold: bool) -> SetupReport:
         report = self.space.verify(evaluate, direction, eps, hold)
-        if not math.isfinite(report.loss):
+        if not math.isfinite(report.loss) and self.steps == 0:  # a resumed run skips such a step, as it would have before
             dtype = str(self.space.blocks[0].dtype).removeprefix("torch.")
             raise ValueError(f"the loss at the set-up probe is {report.loss}: the model overflows in {dtype}, or eps={eps:g} is too large")
         if report.unread:
@@ -211,11 +212,11 @@ def exact_float32() -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    matmul: Any = torch.backends.cuda.matmul
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = matmul.fp32_precision, convolution.fp32_precision
+    matmul.fp32_precision = convolution.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        matmul.fp32_precision, convolution.fp32_precision = before

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class Move(NamedTuple):
-    r"""The change :math:`\theta \leftarrow d\,\theta + \sum_q w_q u_q`.
+    r"""The change :math:`\theta \leftarrow \theta - r\,\theta + \sum_q w_q u_q`.
 
     Args:
         weights: The factors ``w_q``: shape ``[queries]``.
-        decay: The factor ``d``.
+        shrink: The rate ``r`` of weight decay.
     """
 
     weights: Tensor
-    decay: float
+    shrink: float
 
 
 class Rule(ABC):
@@ -46,7 +46,7 @@ class SGD(Rule):
 
     Example:
         >>> SGD().move(torch.tensor([2.0]), lr=0.5)
-        Move(weights=tensor([-1.]), decay=1.0)
+        Move(weights=tensor([-1.]), shrink=0.0)
     """
 
     def __init__(self, weight_decay: float = 0.0) -> None:
@@ -55,4 +55,4 @@ class SGD(Rule):
         self.weight_decay = weight_decay
 
     def move(self, coefficients: Tensor, lr: float) -> Move:
-        return Move(coefficients * -lr, 1.0 - lr * self.weight_decay)
+        return Move(coefficients * -lr, lr * self.weight_decay)

@@ -93,13 +93,13 @@ class Space(ABC):
             ValueError: The probe reads unperturbed weights, writes a weight or buffer, is not finite, or ``eps`` is too small.
         """
 
-    def move(self, directions: Sequence[Direction], weights: Tensor, decay: float, valid: Tensor) -> None:
-        r"""In-place step :math:`\theta_i \leftarrow d\,\theta_i + \sum_q w_q \sigma_{q,i} z_{q,i}`.
+    def move(self, directions: Sequence[Direction], weights: Tensor, shrink: float, valid: Tensor) -> None:
+        r"""In-place step :math:`\theta_i \leftarrow \theta_i - r\,\theta_i + \sum_q w_q \sigma_{q,i} z_{q,i}`.
 
         Args:
             directions: ``Q`` directions of one step, with consecutive queries.
             weights: The factors ``w_q``: shape ``[Q]``, :attr:`compute_dtype`.
-            decay: The factor ``d``; 1 for no weight decay.
+            shrink: The rate ``r`` of weight decay; 0 for none.
             valid: 0-d bool tensor; false leaves all weights as they are.
         """
         amounts = (weights[:, None] * torch.stack([d.scales for d in directions])).unbind(1)  # one [Q] for each block
@@ -107,4 +107,4 @@ class Space(ABC):
             for index, block in enumerate(self.blocks):
                 own = amounts[index].to(block.tensor.device, kernels.compute_dtype(block.dtype))
                 noises = [direction.noise(block) for direction in directions]
-                kernels.update(block.tensor, own, noises, decay, valid)
+                kernels.update(block.tensor, own, noises, shrink, valid.to(block.tensor.device))

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zolightning import kernels
 from zolightning.blocks import Block, check_ids
@@ -75,12 +76,14 @@ class DenseSpace(Space):
             for path, leaf in owners[key]:
                 self._hosts[path].append(_Owner(index, model.get_submodule(path), leaf))
         self._host_modules = {path: model.get_submodule(path) for path in self._hosts}
+        self._handles: list[RemovableHandle] = []
         self._watch: ProbeWatch | None = None
 
     @contextmanager
     def probe(self, direction: Direction, distance: float, hold: bool = False) -> Iterator[None]:
         amounts = (direction.scales.to(self.compute_dtype) * distance).unbind()
-        handles = []
+        self.restore()  # nothing to do, unless interrupts came so fast that the last probe could not
+        handles = self._handles
         try:
             if hold:
                 self._swap([owner for owners in self._hosts.values() for owner in owners], direction, amounts)
@@ -93,11 +96,19 @@ class DenseSpace(Space):
                     handles.append(host.register_forward_hook(partial(self._restore, owners), always_call=True))
             yield
         finally:
-            with uninterrupted():
-                for handle in handles:
-                    handle.remove()
-                for owners in self._hosts.values():
-                    self._restore(owners)
+            try:
+                with uninterrupted():
+                    self.restore()
+            except BaseException:  # an interrupt before the signals were held: finish first
+                self.restore()
+                raise
+
+    def restore(self) -> None:
+        """Take all hooks away and put the weights back into their modules; harmless where there is nothing to do."""
+        while self._handles:
+            self._handles.pop().remove()
+        for owners in self._hosts.values():
+            self._restore(owners)
 
     def _swap(self, owners: list[_Owner], direction: Direction, amounts: Sequence[Tensor], *hook_arguments: Any) -> None:
         with self._watch.paused() if self._watch else nullcontext():

@@ -49,6 +49,7 @@ class Task(ABC):
             generated text compared in evaluation.
         metric: ``accuracy`` of the best-scored candidate, or ``f1`` or ``exact_match`` of generated text.
         target: Column with the right answer. It may be absent from rows to predict on.
+        files: Local training and validation rows that come with the task; None: from the user or the hub.
         max_new_tokens: Tokens to generate at most (``answer`` only); prompts leave room for them.
 
     Example:
@@ -59,6 +60,7 @@ class Task(ABC):
     """
 
     hub: tuple[str, str | None] | None = None
+    files: tuple[str, str] | None = None
     objective: Objective = "candidates"
     metric: Metric = "accuracy"
     target: str = "label"

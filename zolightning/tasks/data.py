@@ -42,7 +42,7 @@ class TaskDataModule(lightning.LightningDataModule):
     It works without a Trainer too: ``setup("fit")``, then ``train_batch(t)``.
 
     Args:
-        task: Short name (sst2, rte, cb, boolq, wsc, wic, multirc, copa, record, squad, drop, rotten_tomatoes), or a
+        task: Short name (sst2, rte, cb, boolq, wsc, wic, multirc, copa, record, squad, drop, rotten_tomatoes, demo), or a
             task by class_path, such as zolightning.TemplateTask for your own data.
         train_file: Local training rows: .jsonl, .json, .csv, .tsv or .parquet, text also as .gz. Without it: the hub.
         validation_file: Local validation rows, in the same formats.
@@ -89,6 +89,8 @@ class TaskDataModule(lightning.LightningDataModule):
         self.train_file = train_file
         self.validation_file = validation_file
         self.test_file = test_file
+        if self.task.files and not (train_file or hub):
+            self.train_file, self.validation_file = self.task.files[0], validation_file or self.task.files[1]
         self.hub = hub
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -285,7 +287,10 @@ class TaskDataModule(lightning.LightningDataModule):
         return self._split("test" if self.test_file else "validation")
 
     def _current_step(self) -> int:
-        return self.trainer.global_step if self.trainer else 0
+        """Steps taken: the optimizer's own count, which an interrupt cannot tear from the weights; else Lightning's."""
+        optimizers = self.trainer.optimizers if self.trainer else []
+        steps = getattr(optimizers[0], "steps", None) if optimizers else None
+        return steps if steps is not None else self.trainer.global_step if self.trainer else 0
 
     def _sampler(self, step: Callable[[], int] | int = 0) -> StepKeyedSampler:
         return StepKeyedSampler(len(self._split("train").encoded), self.batch_size, self.seed, step)

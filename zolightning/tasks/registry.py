@@ -6,6 +6,7 @@ from .answers import DROP, SQuAD
 from .base import Task
 from .choice import COPA, ReCoRD
 from .classification import CB, RTE, SST2, WSC, BoolQ, MultiRC, RottenTomatoes, WiC
+from .demo import Demo
 
 TASKS: dict[str, type[Task]] = {
     "sst2": SST2,
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "squad": SQuAD,
     "drop": DROP,
     "rotten_tomatoes": RottenTomatoes,
+    "demo": Demo,
 }
 
 
