@@ -36,6 +36,7 @@ _QUIET = (
     r".*dataloader is not resumable.*",
     r".*in eval mode at the start of training.*",
     r".*exists and is not empty.*",
+    r"Using ModelCheckpoint with manual optimization.*",  # pages of advice for another kind of training
     r".*was deprecated in v4.*",
     r".*skip_none parameter was deprecated.*",
 )
@@ -126,9 +127,6 @@ class ZOCLI(LightningCLI):
                 print(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
             elif config.ckpt_path is None:
                 raise ValueError(f"no checkpoint in {last.parent}")
-        elif config.get("ckpt_path") is None and self.subcommand == "fit" and (folder / "checkpoints" / "last.ckpt").exists():
-            (folder / "checkpoints" / "last.ckpt").replace(folder / "checkpoints" / "previous.ckpt")
-            print(f"starting from step 0; the checkpoint of the run before is now {folder / 'checkpoints' / 'previous.ckpt'}", flush=True)
         elif config.get("ckpt_path") is None and self.subcommand != "fit":
             print("no ckpt_path: this is the base model as it is", flush=True)
         if "weights_only" in config and config.weights_only is None:

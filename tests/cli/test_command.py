@@ -33,8 +33,10 @@ def test_fit_then_validate(run: Run, options: list[str], tmp_path: Path) -> None
     assert (folder / "config.yaml").exists()
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["train/forwards"] for row in rows if row["train/forwards"]] == ["4.0", "8.0", "12.0"]
-    last = next(row for row in rows if row["val/loss"])
+    assert [row["train/forwards"] for row in rows if row["train/loss"]] == ["4.0", "8.0", "12.0"]
+    evaluated = [row for row in rows if row["val/loss"]]
+    assert (evaluated[0]["train/forwards"], evaluated[-1]["train/forwards"]) == ("0.0", "12.0")
+    last = evaluated[-1]
     assert {"val/loss_corrected", "val/constant_loss", "val/accuracy_corrected"} <= last.keys()
     checked = run("validate", *options, f"--ckpt_path={folder}/checkpoints/last.ckpt", f"--trainer.default_root_dir={tmp_path / 'val'}")
     assert checked.returncode == 0, checked.stderr

@@ -74,7 +74,8 @@ class TestWithoutTheCommand:
         module, loader = make_module(tiny_folder), token_loader()
         trainer = make_trainer(tmp_path, callbacks=[RunReport()], check_val_every_n_epoch=1)
         trainer.fit(module, loader, loader)
-        losses = [float(zl.TokenCrossEntropy().on(module.language_model, batch)()) for batch in loader]
+        with torch.no_grad():
+            losses = [float(zl.TokenCrossEntropy().on(module.language_model, batch)()) for batch in loader]
         assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(sum(losses) / 2, abs=1e-5)
         assert module.tokenizer is not None
         (figures,) = make_trainer(tmp_path).validate(module, loader, verbose=False)
@@ -89,9 +90,27 @@ class TestWithoutTheCommand:
         module = make_module(tiny_folder, objective=CandidateCrossEntropy())
         trainer = make_trainer(tmp_path)
         trainer.fit(module, loader, loader)
-        losses = [float(CandidateCrossEntropy().on(module.language_model, batch)()) for batch in batches]
+        with torch.no_grad():
+            losses = [float(CandidateCrossEntropy().on(module.language_model, batch)()) for batch in batches]
         (figures,) = make_trainer(tmp_path).validate(module, loader, verbose=False)
         assert figures["val/loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
+        assert "val/accuracy" in figures
+
+    def test_plain_dataloader_with_an_objective_of_ones_own(self, tiny_folder: str, tmp_path: Path) -> None:
+        """Its weighted mean over all validation rows is the loss."""
+
+        class LogitPenalty(zl.Objective):
+            def rows(self, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+                weight = torch.arange(1.0, 1 + len(batch["input_ids"]))
+                return model(input_ids=batch["input_ids"]).logits.float().square().mean(dim=(1, 2)) * weight, weight
+
+        module, loader = make_module(tiny_folder, objective=LogitPenalty()), token_loader(7)
+        make_trainer(tmp_path, 2).fit(module, loader, loader)
+        (figures,) = make_trainer(tmp_path).validate(module, loader, verbose=False)
+        with torch.no_grad():
+            parts = [LogitPenalty().rows(module.language_model, batch) for batch in loader]
+        expected = sum(float(loss.sum()) for loss, _ in parts) / sum(float(weight.sum()) for _, weight in parts)
+        assert figures == {"val/loss": pytest.approx(expected, rel=1e-5)}
 
     def test_somebody_elses_data_module(self, tiny_folder: str, tmp_path: Path) -> None:
         """One validation loader instead of a list, and none at all."""

@@ -149,7 +149,7 @@ def test_answer_task(write: Write, tokenizer: Any) -> None:
     data.setup("fit")
     assert (data.objective, data.metric, data.num_candidates) == ("answer", "f1", 0)
     assert data.train_labels == [-1] * 16
-    assert "prompt_ids" not in data.train_batch(0)
+    assert data.train_batch(0)["prompt_ids"].shape[0] == 4, "a reward generates in training too"
     (loader,) = data.val_dataloader()
     batch = next(iter(loader))
     assert batch["prompt_ids"].shape[0] == batch["input_ids"].shape[0] == 4

@@ -136,7 +136,7 @@ def test_one_prompt_per_candidate(tokenizer: Any) -> None:
 def test_answer(tokenizer: Any) -> None:
     example = Example("Question one\nAnswer:", (), None, answers=("two", "x"))
     training = Collator(tokenizer, one_forward=False)([encoded(tokenizer, ANSWER, example, training=True)])
-    assert "prompt_ids" not in training
+    assert training["prompt_ids"].shape[0] == 1  # a reward generates in training too
     batch = Collator(tokenizer, one_forward=False)([encoded(tokenizer, ANSWER, example)])
     assert words(tokenizer, batch["input_ids"][0])[-3:] == ["Answer:", " two", "\n"]
     assert batch["scored"].tolist() == [2]

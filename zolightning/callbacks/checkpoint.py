@@ -14,23 +14,45 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class RunCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run folder up to date.
 
+    A run that starts afresh in the folder of another renames that one's to ``previous.ckpt`` after its first step.
+
     Args:
         every_n_train_steps: Steps between two checkpoints; one is also written at the end of training.
     """
 
     def __init__(self, every_n_train_steps: int = 500) -> None:
         super().__init__(filename="last", every_n_train_steps=every_n_train_steps, save_top_k=1, enable_version_counter=False)
+        self._moving = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder: ``<default_root_dir>/checkpoints``."""
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save at intervals."""
+        if not self._moving and not trainer.fast_dev_run and trainer.ckpt_path is None and trainer.is_global_zero:
+            self._set_aside(Path(str(self.dirpath)) / "last.ckpt")
+        self._moving = True
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            self._save(trainer)
+
+    @staticmethod
+    def _set_aside(last: Path) -> None:
+        """Not before a step was taken: a run that is refused leaves everything as it is."""
+        if last.exists():
+            previous = last.with_name("previous.ckpt")
+            last.replace(previous)
+            print(f"the checkpoint of the run before is now {previous}", flush=True)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state, however small ``max_steps`` is."""
-        super().on_train_end(trainer, pl_module)
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
-            self._save_checkpoint(trainer, str(Path(str(self.dirpath)) / "last.ckpt"))
+            self.best_model_path = self.last_model_path = str(Path(str(self.dirpath)) / "last.ckpt")
+            self._save_checkpoint(trainer, self.last_model_path)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Write beside the file, then rename: Lightning itself goes through the system's temporary folder, often another disk."""

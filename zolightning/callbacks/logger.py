@@ -57,13 +57,13 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Add figures to the row of a step."""
+        """Add figures to the row of a step; figures that are there already start a row of their own."""
         if self._rows is None:
             self._rows = [row for row in self.rows() if int(float(row["step"])) <= self._first_step] if self._first_step else []
         values = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
         number = step if step is not None else len(self._rows)
         values.pop("epoch", None)
-        if self._rows and int(float(self._rows[-1]["step"])) == number:
+        if self._rows and int(float(self._rows[-1]["step"])) == number and not values.keys() & self._rows[-1].keys():
             self._rows[-1].update(values)
         else:
             self._rows.append({"step": number, **values})

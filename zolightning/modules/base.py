@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from zolightning.models import DType, load_model, load_tokenizer
-from zolightning.modules.evaluation import EVALUATIONS, CandidateEvaluation, Context, Evaluation, Prediction
+from zolightning.modules.evaluation import EVALUATIONS, CandidateEvaluation, Context, Evaluation, LossEvaluation, Prediction
 from zolightning.objectives import CandidateCrossEntropy, Objective, Reward, TokenCrossEntropy
 from zolightning.spaces import DenseSpace, Space
 
@@ -129,9 +131,13 @@ class ZOModule(pl.LightningModule):
             split: Whose rows: ``validation`` or ``test``.
         """
         task = getattr(self.data, "task", None)
-        context = Context()
+        biases = getattr(self.objective, "biases", None)
+        context = Context(biases=biases)
+        if task is None and isinstance(self.objective, CandidateCrossEntropy):
+            return CandidateEvaluation(context)
+        if task is None and not hasattr(self.data, "objective"):
+            return LossEvaluation(self.batch_objective())
         if task is not None:
-            biases = getattr(self.objective, "biases", None)
             reward = self.objective if isinstance(self.objective, Reward) else None
             length = reward.max_new_tokens if reward is not None else task.max_new_tokens
             context = Context(getattr(self.data, f"{split}_examples"), self.tokenizer, length, task.metric, biases, reward)
@@ -140,10 +146,11 @@ class ZOModule(pl.LightningModule):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Figures on the data module's validation rows, outside the Trainer's own loop."""
-        if self.data is None or self.trainer.limit_val_batches == 0:
+        if self.data is None or self.trainer.limit_val_batches == 0 or not is_overridden("val_dataloader", self.data):
             return {}
         evaluation, limit = self.start_evaluation(), self.trainer.limit_val_batches
-        for loader, batches in enumerate(self.data.val_dataloader()):
+        loaders = self.data.val_dataloader()
+        for loader, batches in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
             count = min(limit, len(batches)) if isinstance(limit, int) else int(limit * len(batches))
             for batch in itertools.islice(batches, count):
                 evaluation.update(self.language_model, move_data_to_device(batch, self.device), loader)
@@ -159,6 +166,8 @@ class ZOModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures as ``val/...``."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("step", float(self.trainer.global_step))  # Lightning's own count of batches is one behind here
         self.log_dict({f"val/{name}": value for name, value in self._evaluation.figures().items()})
 
     def on_test_epoch_start(self) -> None:

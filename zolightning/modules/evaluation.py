@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch
 from zolightning.objectives.calibration import candidate_figures, constant_figures, fit_biases
 from zolightning.objectives.candidate import candidate_scores, spread
@@ -187,6 +188,26 @@ class AnswerEvaluation(Evaluation):
             exact, overlap = (sum(part) / len(self._matches) for part in zip(*self._matches, strict=True))
             figures |= {"exact_match": exact, "f1": overlap}
         return figures | self.reward_figures()
+
+
+class LossEvaluation(Evaluation):
+    """The loss of the run's objective on batches that come without a task."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+        self._loss: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, model: nn.Module, batch: Batch, loader: int = VALIDATION) -> list[Prediction]:
+        loss, weight = self.objective.rows(model, batch)
+        self._loss.append((loss.double().sum(), weight.double().sum()))
+        return []
+
+    def figures(self) -> dict[str, float]:
+        if not self._loss:
+            return {}
+        loss, weight = (sum(part) for part in zip(*self._loss, strict=True))
+        return {"loss": float(loss / weight)}
 
 
 #: By the way a task is trained.

@@ -99,13 +99,11 @@ class ZOFinetuneModule(ZOModule):
         group, own = optimizer.param_groups[0], optimizer.defaults
         for name in ("eps", "seed", "base_lr"):
             if group[name] != own[name]:
-                log.warning("%s=%g instead of the checkpoint's %g", name.removeprefix("base_"), own[name], group[name])
+                log.warning("%s=%s instead of the checkpoint's %s", name.removeprefix("base_"), own[name], group[name])
         factor = own["base_lr"] / group["base_lr"]
         if factor != 1:
             group["lr"] *= factor
-            scheduler: Any = self.lr_schedulers()
-            if scheduler is not None:
-                scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]
+            _scale_schedule(self.lr_schedulers(), factor)
         group.update({name: own[name] for name in ("eps", "seed", "base_lr")})
 
     @torch.no_grad()
@@ -129,8 +127,17 @@ class ZOFinetuneModule(ZOModule):
             scheduler.step()  # type: ignore[union-attr]
         optimizer = self.zo_optimizer
         assert optimizer.coefficients is not None
+        self.log("step", float(optimizer.steps))  # Lightning's own count of batches is one behind here
         self.log("train/loss", loss)
         self.log("train/coefficient", optimizer.coefficients.mean())
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         self.log("train/forwards", float(optimizer.forwards))
         return loss
+
+
+def _scale_schedule(scheduler: Any, factor: float) -> None:
+    """Multiply the height of a schedule; those made of several (``SequentialLR``, ``ChainedScheduler``) keep theirs inside."""
+    for part in getattr(scheduler, "_schedulers", ()):
+        _scale_schedule(part, factor)
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]

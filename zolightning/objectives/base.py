@@ -37,6 +37,8 @@ class Objective(ABC):
 
     #: Whether one loss takes several forwards (generation), so that a probe must hold its perturbed weights.
     several_forwards: bool = False
+    #: Whether the loss compares the candidates of a row, so that training batches hold all of them, not the right one alone.
+    compares: bool = False
 
     def prepare(self, tokenizer: Any, examples: Sequence[Any]) -> None:  # noqa: B027
         """Called once before training, with the tokenizer and the training rows as text; ``batch["index"]`` points into them."""

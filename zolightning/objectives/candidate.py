@@ -53,6 +53,8 @@ class CandidateCrossEntropy(Objective):
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023.
     """
 
+    compares = True
+
     def __init__(self, calibrate: bool = False) -> None:
         self.calibrate = calibrate
         #: Candidate biases, ``[K]``; ``None`` before they are fitted.

@@ -92,7 +92,7 @@ class Reward(Objective):
         self.name = reward if isinstance(reward, str) else getattr(reward, "__name__", "reward")
         self.predict: Literal["generate", "choose"] = predict
         self.max_new_tokens = max_new_tokens
-        self.several_forwards = predict == "generate"
+        self.several_forwards, self.compares = predict == "generate", predict == "choose"
         self._tokenizer: Any = None
         self._examples: Sequence[Any] = ()
 

@@ -160,9 +160,11 @@ class TaskDataModule(lightning.LightningDataModule):
         if tokenizer is not self._encoded_with:
             self._splits, self._encoded_with = {}, tokenizer
         sources = self._load(stage)
+        module = self.trainer.lightning_module if self.trainer else None
+        compares = bool(getattr(getattr(module, "objective", None), "compares", False))
         for name, numbers in self._choose(sources).items():
-            labelled = name == "train" or stage != "predict"
-            self._splits[name] = self._encode(sources[name], numbers, training=name == "train", labelled=labelled)
+            labelled, training = name == "train" or stage != "predict", name == "train" and not compares
+            self._splits[name] = self._encode(sources[name], numbers, training=training, labelled=labelled)
 
     def train_batch(self, t: int) -> Batch:
         """Batch ``t`` of the run on the CPU: the same that the Trainer sees at step ``t``.
