@@ -10,6 +10,7 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,6 +29,8 @@ _NOISE = re.compile(
     r"|Expected a <class 'NoneType'>"
 )
 _ECHO = re.compile(r"Type collections\.abc\.Callable\S* .*expects a function or a callable class: |\.? ?Got value: (Namespace|\{).*")
+# What is said of the other alternative of a type: no news where one has failed for a reason of its own.
+_OTHER = re.compile(r"Expected a <class 'str'>(\. Got value: Namespace.*)?")
 # What Lightning says about every run of this kind, though nothing is wrong.
 _QUIET = (
     r".*treespec, LeafSpec.*",
@@ -49,9 +52,14 @@ class ZOArgumentParser(LightningArgumentParser):
         """Print the reason and leave with status 2."""
         if not self.exit_on_error:
             return super().error(message, ex)
-        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip() and not _NOISE.search(line)]
-        sys.stderr.write("error: " + _ECHO.sub("", " ".join(lines)) + "\n")
+        sys.stderr.write(f"error: {_reason(str(message))}\n")
         sys.exit(2)
+
+
+def _reason(message: str) -> str:
+    """What a message of jsonargparse says, in one line."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not _NOISE.search(line)]
+    return _ECHO.sub("", " ".join([line for line in lines if not _OTHER.fullmatch(line)] or lines))
 
 
 class ZOTrainer(Trainer):
@@ -91,10 +99,10 @@ class RunConfig(SaveConfigCallback):
     """``config.yaml`` in the run folder; only training writes it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: a run that is refused must not replace the file of an earlier one."""
+        """Nothing yet: a run that is refused, at the latest by its set-up probe, must not replace the file of an earlier one."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        """Write the file after the first step."""
         super().setup(trainer, pl_module, "fit")
 
 
@@ -129,6 +137,9 @@ class ZOCLI(LightningCLI):
                 raise ValueError(f"no checkpoint in {last.parent}")
         elif config.get("ckpt_path") is None and self.subcommand != "fit":
             print("no ckpt_path: this is the base model as it is", flush=True)
+        path = Path(config.get("ckpt_path") or ".")
+        if path.is_file() and not is_zipfile(path):
+            raise ValueError(f"checkpoint {str(path)!r} is damaged, or no checkpoint")
         if "weights_only" in config and config.weights_only is None:
             config.weights_only = True  # a checkpoint is data, never code
         if "verbose" in config:
@@ -235,6 +246,8 @@ def user_message(error: BaseException | None) -> str | None:
         if deliberate and isinstance(error, (ValueError, RuntimeError)):
             return str(error)
         error = error.__cause__ or error.__context__
+    if isinstance(outer, ValueError) and str(outer).startswith("Does not validate against any of the Union subtypes"):
+        return _reason(str(outer))  # jsonargparse chains the first alternative only
     return str(outer) if isinstance(outer, (FileNotFoundError, MisconfigurationException)) else None
 
 

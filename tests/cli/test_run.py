@@ -26,7 +26,7 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["zolightning"])
     monkeypatch.setattr("sys.path", sys.path.copy())
-    yield lambda *arguments: entry(list(arguments))
+    return lambda *arguments: entry(list(arguments))
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ class TestLast:
         assert capsys.readouterr().out.splitlines() == ["nothing to do: the checkpoint is at step 5, trainer.max_steps=5"]
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files, "a complete run touches nothing"
 
-    def test_command_line_wins(self, main: Main, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_command_line_wins(self, main: Main, small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """Over the rate that the checkpoint's optimizer holds, and says so."""
         main("fit", *small)
         main("fit", *small, "--ckpt_path=last", "--trainer.max_steps=4", "--model.optimizer.lr=0.005")
-        assert "lr=0.005 instead of the checkpoint's 0.0001" in capsys.readouterr().err
+        assert [record.getMessage() for record in caplog.records] == ["lr=0.005 instead of the checkpoint's 0.0001"]
         assert checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"][0]["lr"] == 0.005
 
     def test_fresh_start(self, main: Main, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save at intervals."""
-        if not self._moving and not trainer.fast_dev_run and trainer.ckpt_path is None and trainer.is_global_zero:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self._moving and trainer.ckpt_path is None and trainer.is_global_zero:
             self._set_aside(Path(str(self.dirpath)) / "last.ckpt")
         self._moving = True
         if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:

@@ -57,13 +57,15 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Add figures to the row of a step; figures that are there already start a row of their own."""
+        """Add figures to the row of a step; other values of figures that are there already start a row of their own."""
         if self._rows is None:
             self._rows = [row for row in self.rows() if int(float(row["step"])) <= self._first_step] if self._first_step else []
         values = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
         number = step if step is not None else len(self._rows)
         values.pop("epoch", None)
-        if self._rows and int(float(self._rows[-1]["step"])) == number and not values.keys() & self._rows[-1].keys():
+        last = self._rows[-1] if self._rows else {}
+        same = bool(last) and int(float(last["step"])) == number
+        if same and all(float(last[name]) == float(values[name]) for name in values.keys() & last.keys()):
             self._rows[-1].update(values)
         else:
             self._rows.append({"step": number, **values})
@@ -84,8 +86,9 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
-        self.save()
+        """Write what is left; a run that failed before its first step leaves the rows of an earlier one."""
+        if status != "failed" or any(int(float(row["step"])) > self._first_step for row in self._rows or ()):
+            self.save()
 
     def rows(self) -> list[Row]:
         """The rows on disk."""

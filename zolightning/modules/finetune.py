@@ -76,7 +76,10 @@ class ZOFinetuneModule(ZOModule):
             optimizer = ZOOptimizer(self.space, self.sampler, self.estimator, lr=DEMO_LR, eps=DEMO_EPS)
         if self.make_lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}}
+        scheduler = self.make_lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("lr_scheduler: ReduceLROnPlateau waits for a metric, which a step does not have; choose a schedule over steps")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property
     def zo_optimizer(self) -> ZOOptimizer:

@@ -59,7 +59,7 @@ def find_reward(reward: str | RewardFunction) -> RewardFunction:
     module, _, name = reward.rpartition(".")
     try:
         function: RewardFunction = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's file does
         raise ValueError(f"reward {reward!r} is neither one of {', '.join(REWARDS)} nor a function to import ({error})") from error
     if not callable(function):
         raise ValueError(f"reward {reward!r} is not a function")
@@ -98,6 +98,11 @@ class Reward(Objective):
 
     def prepare(self, tokenizer: Any, examples: Sequence[Any]) -> None:
         self._tokenizer, self._examples = tokenizer, examples
+        if self.predict == "generate" and examples[0].candidates:
+            raise ValueError(
+                "text is generated only for tasks with a free answer (squad, drop, or a TemplateTask with answer=...); "
+                "this one has candidates: use predict='choose'"
+            )
         if self.predict == "choose" and not examples[0].candidates:
             raise ValueError("predict='choose' needs a task with candidates; this one has free answers: use predict='generate'")
         if self.name in ("f1", "exact_match") and not examples[0].answers:

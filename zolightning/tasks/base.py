@@ -82,13 +82,19 @@ class Task(ABC):
 
 
 class Row(dict[str, Any]):
-    """A row whose missing columns are reported together with those that exist.
+    """A row that reports empty columns, and missing ones together with those that exist; ``get`` is silent.
 
     Example:
         >>> Row(text="fine")["label"]
         Traceback (most recent call last):
         ValueError: column 'label' is missing; the columns are: text
     """
+
+    def __getitem__(self, column: str) -> Any:
+        value = super().__getitem__(column)
+        if value is None:
+            raise ValueError(f"column {column!r} is empty")
+        return value
 
     def __missing__(self, column: str) -> Any:
         raise ValueError(f"column {column!r} is missing; the columns are: {', '.join(self)}")

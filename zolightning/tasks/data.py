@@ -85,6 +85,11 @@ class TaskDataModule(lightning.LightningDataModule):
         calibration_rows: int = 200,
     ) -> None:
         super().__init__()
+        least = {"batch_size": 1, "eval_batch_size": 1, "num_train": 1, "num_validation": 1, "calibration_rows": 0}
+        given = (batch_size, eval_batch_size, num_train, num_validation, calibration_rows)
+        for (name, bound), value in zip(least.items(), given, strict=True):
+            if value is not None and value < bound:
+                raise ValueError(f"{name}={value} must be at least {bound}")
         self.task = get_task(task)
         self.train_file = train_file
         self.validation_file = validation_file
@@ -272,7 +277,8 @@ class TaskDataModule(lightning.LightningDataModule):
             try:
                 example = self.task.example(row)
                 if labelled and not example.is_labelled:
-                    raise ValueError(f"no label in column {self.task.target!r}: {row[self.task.target]!r}")
+                    value = row[self.task.target] if self.task.target not in row else row.get(self.task.target)
+                    raise ValueError(f"no label in column {self.task.target!r}: {value!r}")
                 encoded = encode_example(tokenizer, self.task, example, index=index, max_length=self.max_length, training=training)
             except ValueError as error:
                 raise ValueError(f"{source.where}, row {number}: {error}") from None

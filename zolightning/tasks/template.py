@@ -109,6 +109,5 @@ def _columns(what: str, template: str) -> list[str]:
 def _fill(template: str, row: Mapping[str, Any]) -> str:
     cells = Row(row)
     for column in _columns("template", template):
-        if cells[column] is None:
-            raise ValueError(f"column {column!r} is empty")
+        _ = cells[column]  # missing and empty ones are refused
     return template.format_map(cells)
