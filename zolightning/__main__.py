@@ -1,5 +1,5 @@
 """``python -m zolightning``."""
 
-from zolightning.cli import main
+from zolightning.cli import run
 
-main()
+run()

@@ -181,7 +181,7 @@ class ZOCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> ZOCLI:
-    """Entry point; also callable from Python with a list of arguments.
+    """The command, callable from Python with a list of arguments.
 
     Args:
         args: Command line arguments; ``None``: those of the process.
@@ -222,6 +222,11 @@ def main(args: ArgsType = None) -> ZOCLI:
         sys.exit(2)
 
 
+def run() -> None:
+    """The console script: its exit status is what this returns, so nothing."""
+    main()
+
+
 def be_quiet() -> None:
     """Keep what is no news off the screen: Lightning's tips, loading bars, warnings that do not apply here."""
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
@@ -249,7 +254,3 @@ def user_message(error: BaseException | None) -> str | None:
     if isinstance(outer, ValueError) and str(outer).startswith("Does not validate against any of the Union subtypes"):
         return _reason(str(outer))  # jsonargparse chains the first alternative only
     return str(outer) if isinstance(outer, (FileNotFoundError, MisconfigurationException)) else None
-
-
-if __name__ == "__main__":
-    main()

@@ -62,7 +62,7 @@ def load_model(
                 output_loading_info=True,
             )
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load model {pretrained!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load model {pretrained!r}: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise ValueError(f"{pretrained!r} is no trained causal language model: it has no weights for {missing!r}")
@@ -84,9 +84,10 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(pretrained), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer of {pretrained!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the tokenizer of {pretrained!r}: {first_line(error)}") from error
     return tokenizer
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_fit_then_validate(run: Run, options: list[str], tmp_path: Path) -> None
     checked = run("validate", *options, f"--ckpt_path={folder}/checkpoints/last.ckpt", f"--trainer.default_root_dir={tmp_path / 'val'}")
     assert checked.returncode == 0, checked.stderr
     assert f"{float(last['val/loss']):.4f}" in checked.stdout
+
+
+def test_console_script(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's exit status is what its function returns: a run that went well must return nothing."""
+    scripts = entry_points(group="console_scripts", name="zolightning")
+    if not scripts:
+        pytest.skip("the package is not installed")
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    monkeypatch.setattr("sys.argv", ["zolightning", "fit", *options, "--trainer.max_steps=2"])
+    assert next(iter(scripts)).load()() is None
 
 
 def test_resume_in_the_middle_of_an_epoch(run: Run, options: list[str], tmp_path: Path) -> None:

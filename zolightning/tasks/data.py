@@ -10,9 +10,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from zolightning.models import first_line
+
 from .base import Example, Metric, Objective, Row, Task
 from .encoding import Collator, Encoded, Tokenizer, encode_example
-from .loading import first_line, load_file, load_hub
+from .loading import load_file, load_hub
 from .registry import get_task
 from .steps import StepKeyedSampler
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zolightning.objectives.generate import pad_token
+
 from .base import Example, Task
 
 WIDTH_MULTIPLE = 8  # few distinct widths: few compiled shapes, and the alignment that tensor cores like
@@ -146,8 +148,7 @@ class Collator:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, one_forward: bool) -> None:
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_id = next(number for number in ids if number is not None)
+        self.pad_id = pad_token(tokenizer)
         self.one_forward = one_forward
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:

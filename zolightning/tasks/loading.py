@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zolightning.models import first_line
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -79,8 +81,3 @@ def _non_empty(rows: Dataset, where: str) -> Dataset:
     if len(rows) == 0:
         raise ValueError(f"{where} has no rows")
     return rows
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
