@@ -312,12 +312,12 @@ def check_rule(rule: Rule) -> None:
     Raises:
         AssertionError: A property does not hold.
     """
-    still = rule.move(torch.zeros(3), lr=0.1)
+    still = rule.move(torch.zeros(3), torch.tensor(0.1))
     assert bool((still.weights == 0).all()), f"zero coefficients move the weights by {still.weights.tolist()}"
     for dtype in (torch.float32, torch.float64):
         coefficients = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
         kept = coefficients.clone()
-        weights, shrink = rule.move(coefficients, lr=0.1)
+        weights, shrink = rule.move(coefficients, torch.tensor(0.1, dtype=dtype))
         assert torch.equal(coefficients, kept), "move() changed its input"
         assert weights.shape == (3,), f"weights have shape {tuple(weights.shape)} for 3 directions"
         assert weights.dtype == dtype, f"weights are {weights.dtype} for {dtype} coefficients"

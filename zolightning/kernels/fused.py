@@ -45,7 +45,7 @@ def _stochastic_round(value, bits, HALF: tl.constexpr):
 
 @triton.jit
 def _nearest(value, TYPE: tl.constexpr):
-    if TYPE == tl.bfloat16:  # spelled out: the interpreter's own conversion truncates
+    if tl.bfloat16 == TYPE:  # spelled out: the interpreter's own conversion truncates
         raw = value.to(tl.uint32, bitcast=True)
         value = ((raw + 0x7FFF + ((raw >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return value.to(TYPE)
@@ -122,9 +122,9 @@ def _update(
             z = draw(_u32(k0), _u32(k1), octet, block, step, _u32(query + q), GAUSSIAN)
             total = total + z * tl.load(amounts + q * stride + slot)
         w = w + (total - w * tl.load(shrink))
-        if TYPE != tl.float32:
+        if tl.float32 != TYPE:
             bits = rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(query))
-            w = _stochastic_round(w, bits, TYPE == tl.float16)
+            w = _stochastic_round(w, bits, tl.float16 == TYPE)
         _store(weight, left, w.to(TYPE), OCTETS)
 
 

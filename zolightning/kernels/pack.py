@@ -43,8 +43,10 @@ class Pack:
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         for index, tensor in enumerate(self.tensors):
             groups[tensor.device, tensor.dtype].append(index)
-        columns = (self.tensors, self.ids, self.slots)
-        return [(group, Table(*([column[i] for i in group] for column in columns))) for group in groups.values()]
+        return [
+            (group, Table([self.tensors[i] for i in group], [self.ids[i] for i in group], [self.slots[i] for i in group]))
+            for group in groups.values()
+        ]
 
     def fusable(self, noises: Sequence[Sequence[Noise]]) -> bool:
         """Whether the kernels draw the very same numbers: known noise, unchanged by a subclass, keyed by these blocks.

@@ -65,6 +65,8 @@ class Sampler(ABC):
 
     #: The constant ``m`` of ``E[z z^T] = m I``; the estimator's mean is then ``m * scales**2 * gradient``.
     second_moment: float = 1.0
+    #: Whether a CUDA graph may replay :meth:`scales` and :meth:`observe`: they depend on tensors alone, and do not look at values.
+    capturable: bool = False
 
     def bind(self, space: HasBlocks) -> None:
         """Attach the sampler to the blocks of a space (called by ``ZOOptimizer``)."""

@@ -30,8 +30,8 @@ class DenseSpace(Space):
     r"""Every floating-point parameter of a network, perturbed out of place.
 
     While a layer's (or single module's) forward runs, its parameters are replaced by :math:`W \pm \epsilon \sigma z` in scratch
-    memory; afterwards the original tensors are back. The weights are never written, so nothing drifts: after any probe, exception or Ctrl-C they
-    are what they were, bit for bit. Tied tensors are one block. Parameters with ``requires_grad=False`` stay frozen.
+    memory; afterwards the original tensors are back. The weights are never written, so nothing drifts: after any probe, exception
+    or Ctrl-C they are what they were, bit for bit. Tied tensors are one block. Parameters with ``requires_grad=False`` stay frozen.
 
     Args:
         model: The network, in evaluation mode.
@@ -137,7 +137,7 @@ class DenseSpace(Space):
         for owner in self._owners:
             layer, parent = layer_of[owner.path], owner.path.rpartition(".")[0] if owner.path else ""
             own = [layer, owner.path, parent] if layer is not None and sizes[layer] <= LAYER_BYTES else [owner.path, parent]
-            places[own[min(self._raised.get(self.blocks[owner.index].name, 0), len(own) - 1)]].append(owner)  # type: ignore[index]
+            places[own[min(self._raised.get(self.blocks[owner.index].name, 0), len(own) - 1)]].append(owner)
         return [Host(path, self.model.get_submodule(path), owners, self.blocks) for path, owners in places.items()]
 
     def _hook(self, view: View) -> None:
@@ -190,7 +190,9 @@ class DenseSpace(Space):
             self._hosts = self._place()
             report.lifted = sorted(self._raised)
         names = ", ".join(repr(name) for name in sorted(leaked))
-        raise ValueError(f"{names}: read outside the forward of its module and of the module's parent, so a probe would miss it; exclude it")
+        raise ValueError(
+            f"{names}: read outside the forward of its module and of the module's parent, so a probe would miss it; exclude it"
+        )
 
     def _watched_probe(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool, report: SetupReport) -> set[str]:
         """One probe under the watch; returns the blocks that leaked."""

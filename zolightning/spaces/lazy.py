@@ -32,7 +32,7 @@ class LazyWeight(Tensor):
             make: Gives the rows of the perturbed matrix with some ids, ``[*ids.shape, H]`` (see :func:`zolightning.kernels.rows`);
                 without ids the whole, ``[copies, *W.shape]``.
         """
-        lazy: LazyWeight = Tensor._make_subclass(LazyWeight, weight.detach())  # type: ignore[assignment]
+        lazy: LazyWeight = Tensor._make_subclass(LazyWeight, weight.detach())
         lazy.copies, lazy._make = copies, make
         return lazy
 

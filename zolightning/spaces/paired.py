@@ -26,7 +26,7 @@ def pair(modules: Iterable[nn.Module]) -> None:
             twin = copy.copy(module)
             twin._parameters = dict(module._parameters)
             module.__dict__[_TWIN] = twin
-            module.__class__ = _paired(type(module))
+            module.__class__ = _paired(type(module))  # type: ignore[arg-type]
 
 
 def unpair(modules: Iterable[nn.Module]) -> None:
@@ -38,12 +38,12 @@ def unpair(modules: Iterable[nn.Module]) -> None:
 
 
 @cache
-def _paired(kind: type[nn.Module]) -> type[nn.Module]:
+def _paired(kind: Any) -> type[nn.Module]:
     """The class of modules of a kind that compute in halves."""
 
     def forward(self: nn.Module, *inputs: Tensor) -> Any:
         twin = self.__dict__[_TWIN]
-        weights = {name: value for name, value in self._parameters.items() if value is not None}
+        weights: dict[str, Tensor] = {name: value for name, value in self._parameters.items() if value is not None}
 
         def half(weights: dict[str, Tensor], *inputs: Tensor) -> Any:
             return functional_call(twin, weights, inputs)
