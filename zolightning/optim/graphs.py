@@ -41,8 +41,9 @@ class StepGraphs:
         """Whether a step, without the change of the weights, runs without waiting for the device."""
         static = bound.to(with_padding(_static(bound).batch))
         self._warm_up(static)
-        before = torch.cuda.get_sync_debug_mode()
+        before, asked = torch.cuda.get_sync_debug_mode(), torch.cuda.is_current_stream_capturing
         torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.is_current_stream_capturing = lambda: True  # models ask, and leave out what a capture forbids
         try:
             self._compute(static, False)
         except RuntimeError as error:
@@ -51,6 +52,7 @@ class StepGraphs:
             return False
         finally:
             torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.is_current_stream_capturing = asked
         return True
 
     def run(self, bound: BoundObjective, settings: Any) -> tuple[Tensor, ...]:

@@ -155,10 +155,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         bound = bound if bound is not None else closure
         work: Callable[[], Any] = bound if hasattr(bound, "rows") else closure
         self._set_clock(group["lr"], group["step"])
+        self.sampler.refresh(group["step"])
         with exact_float32():
             if self.setup_report is None:
                 self._set_up(work, group["eps"])
-            self.sampler.refresh(group["step"])
             with uninterrupted() if self._form.captured else nullcontext():
                 if self._form.captured and isinstance(work, BoundObjective) and not work.hold:
                     self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"]))
