@@ -13,6 +13,7 @@ import argparse
 import gc
 import itertools
 import json
+import logging
 import statistics
 import sys
 import time
@@ -141,8 +142,8 @@ def no_synchronisation(optimizer: ZOOptimizer, model: nn.Module, batch: dict[str
     try:
         for _ in range(50):
             optimizer.step(bound)
-    except RuntimeError as error:
-        print("waits for the device:", error, file=sys.stderr)
+    except RuntimeError:
+        logging.exception("waits for the device")
         return False
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of step_time.json and step_time.png")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[ledger.Row] = []
     for shape in arguments.shapes:

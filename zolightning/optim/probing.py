@@ -172,7 +172,6 @@ def _rows(space: Space, bound: BoundObjective, direction: Direction, eps: float,
 def compiled_layers(space: Space) -> Iterator[None]:
     """Run the repeated layers of the space's model through ``torch.compile``: compiled once, used by all of them."""
     import torch._dynamo.config as config
-    import torch._inductor
 
     layers = space.layers
     try:
@@ -187,6 +186,8 @@ def compiled_layers(space: Space) -> Iterator[None]:
 
 @cache
 def _compiled(kind: Any) -> Callable[..., Any]:
+    import torch._inductor
+
     # Timings must not choose between kernels whose sums have another order: a run that is resumed has the same bits.
     options: dict[str, Any] = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
     return torch.compile(kind.forward, options=options)
