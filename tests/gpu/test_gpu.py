@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from nets import Net, bits, net_closure, padded, state_bits, tiny
+from nets import Net, bits, padded, state_bits, tiny
 
 from zolightning import kernels
 from zolightning.estimators import TwoPoint
