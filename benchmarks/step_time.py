@@ -28,10 +28,13 @@ from torch.nn import functional as F
 
 from benchmarks import ledger, shapes
 from benchmarks.textbook import Textbook
-from zolightning import DenseSpace, GaussianSampler, RademacherSampler, ZOOptimizer
+from zolightning import DenseSpace, GaussianSampler, PolicySampler, RademacherSampler, ZOOptimizer
 from zolightning.objectives import CandidateCrossEntropy
+from zolightning.objectives.base import BoundObjective
 from zolightning.objectives.forward import last_logits, wide
 from zolightning.optim.probing import compiled_layers
+from zolightning.policies import PertNN
+from zolightning.samplers import Sampler
 
 ROWS = 16
 SAMPLERS = {"gaussian": GaussianSampler, "rademacher": RademacherSampler}
@@ -95,10 +98,9 @@ def limit(model: nn.Module, batch: dict[str, Tensor], compiled: bool) -> float:
         return milliseconds(graph.replay, 30)
 
 
-def ours(model: nn.Module, batch: dict[str, Tensor], sampler: Any, repeats: int, **options: Any) -> tuple[float, ZOOptimizer, float]:
+def ours(model: nn.Module, bound: BoundObjective, sampler: Sampler, repeats: int) -> tuple[float, ZOOptimizer, float]:
     """Milliseconds a step, the optimizer, and seconds of the first step."""
-    optimizer = ZOOptimizer(DenseSpace(model), sampler, lr=1e-7, eps=1e-3, **options)
-    bound = CandidateCrossEntropy().on(model, batch)
+    optimizer = ZOOptimizer(DenseSpace(model), sampler, lr=1e-7, eps=1e-3)
     start = time.perf_counter()
     float(optimizer.step(bound))
     first = time.perf_counter() - start
@@ -133,11 +135,26 @@ def parts(optimizer: ZOOptimizer, repeats: int) -> dict[str, float]:
     return {"perturb": replayed(materialise), "update": replayed(lambda: space.move(directions, no, 0.0, valid))}
 
 
-def no_synchronisation(optimizer: ZOOptimizer, model: nn.Module, batch: dict[str, Tensor]) -> bool:
+def profile(optimizer: ZOOptimizer, bound: BoundObjective, top: int = 14) -> list[tuple[str, float, float]]:
+    """Kernels of a step that take longest: name, launches and milliseconds a step."""
+    if not torch.cuda.is_available():
+        return []
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    steps = 3
+    with record(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            optimizer.step(bound)
+        torch.cuda.synchronize()
+    kernels = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)[:top]
+    return [(event.key[:90], event.count / steps, round(event.self_device_time_total / steps / 1e3, 4)) for event in kernels]
+
+
+def no_synchronisation(optimizer: ZOOptimizer, bound: BoundObjective) -> bool:
     """Fifty steps with every wait for the device an error."""
     if not torch.cuda.is_available():
         return True
-    bound = CandidateCrossEntropy().on(model, batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(50):
@@ -160,24 +177,25 @@ def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], de
     with torch.no_grad():
         limit_ms = limit(model, made, shape in shapes.LAUNCH_BOUND and cuda)
         loop = Textbook(model, lr=1e-7)
-        closure = CandidateCrossEntropy().on(model, made)
-        textbook_ms = milliseconds(lambda: loop.step(closure), 5 if cuda else 1, warm_up=1)
+        bound = CandidateCrossEntropy().on(model, made)
+        textbook_ms = milliseconds(lambda: loop.step(bound), 5 if cuda else 1, warm_up=1)
+    torch._dynamo.reset()  # ours compiles for its own shape, as if it were alone
     for name in samplers:
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        ours_ms, optimizer, first = ours(model, made, SAMPLERS[name](), repeats)
+        ours_ms, optimizer, first = ours(model, bound, SAMPLERS[name](), repeats)
         peak = torch.cuda.max_memory_allocated() if cuda else weights
         row: ledger.Row = {"shape": shape, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "sampler": name}
         row |= {"limit_ms": limit_ms, "textbook_ms": textbook_ms, "ours_ms": ours_ms, "peak_over_weights": peak / weights}
         row |= {"rows": ROWS, "first_step_s": first, "form": optimizer.param_groups[0]["form"], **parts(optimizer, repeats)}
-        row["no_synchronisation"] = no_synchronisation(optimizer, model, made)
+        row["no_synchronisation"] = no_synchronisation(optimizer, bound)
+        row["profile"] = profile(optimizer, bound)
         if name == "gaussian":
             del optimizer
-            scaled_ms, optimizer, _ = ours(model, made, Scaled(), repeats)
-            again_ms, optimizer, _ = ours(model, made, GaussianSampler(), repeats)
-            row["per_block_scales_ms"], row["ours_again_ms"] = scaled_ms, again_ms
+            for label, other in (("table", Scaled()), ("pert_nn", PolicySampler(PertNN())), ("again", GaussianSampler())):
+                row[f"ours_{label}_ms"], optimizer, _ = ours(model, bound, other, repeats)
         del optimizer
         row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
         print(table([row])[-1], flush=True)

@@ -77,7 +77,7 @@ def with_padding(batch: Batch) -> Batch:
     if "attention_mask" not in batch:
         return batch
     mask = batch["attention_mask"].clone()
-    mask[0, 0] = 0
+    mask[:1, :1].zero_()
     return {**batch, "attention_mask": mask}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +82,7 @@ class StepGraphs:
         self._warm_up(bound)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _no_garbage(), torch.cuda.graph(graph, pool=self._pool):
             outputs = self._compute(bound, True)
         return _Captured(graph, bound.batch, outputs)
 
@@ -91,6 +93,19 @@ class StepGraphs:
         with torch.cuda.stream(stream):
             self._compute(bound.to(with_padding(bound.batch)), False)
         torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect garbage now and not inside: what is freed there, an older graph for example, spoils the capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _static(bound: BoundObjective) -> BoundObjective:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zolightning.spaces.paired import linear_in_halves
+
 
 class LazyWeight(Tensor):
     r"""Stands for the matrix :math:`W \pm a z` of an embedding or a linear map without holding it.
@@ -65,10 +67,4 @@ _GETTERS = tuple(getattr(Tensor, name) for name in LazyWeight._HARMLESS)
 
 def _linear(weight: LazyWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     matrices = weight._make(None)
-    if weight.copies == 1:
-        return F.linear(x, matrices[0], bias)
-    halves = x.reshape(2, -1, x.shape[-1])
-    out = torch.bmm(halves, matrices.mT)
-    if bias is not None:
-        out = out + (bias[:, None] if bias.dim() == 2 else bias)
-    return out.view(*x.shape[:-1], -1)
+    return F.linear(x, matrices[0], bias) if weight.copies == 1 else linear_in_halves(x, matrices, bias)
