@@ -41,10 +41,10 @@ def main(args: list[str] | None = None) -> ZOCLI:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # classes of the working folder: class_path: my_file.MyClass
-    be_quiet()
-    with _nothing_to_collect():
-        from zolightning.command import ZOCLI
     try:
+        with _nothing_to_collect():
+            from zolightning.command import ZOCLI
+        be_quiet()  # not before: Lightning sets levels and filters of its own when it is imported
         return ZOCLI(args)
     except Exception as error:
         message = user_message(error)
@@ -52,6 +52,8 @@ def main(args: list[str] | None = None) -> ZOCLI:
             raise
         sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
+    finally:
+        gc.unfreeze()
 
 
 def run() -> None:
@@ -64,6 +66,7 @@ def be_quiet() -> None:
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs errors that it raises as well
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _QUIET:
@@ -72,12 +75,12 @@ def be_quiet() -> None:
 
 @contextmanager
 def _nothing_to_collect() -> Iterator[None]:
-    """Suspend garbage collection while modules are imported: they make none, and looking for it is a quarter of the time."""
+    """Import without garbage collection: modules make none, and looking for it is a quarter of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # nor will what they made ever be garbage
+        gc.freeze()  # what they made stays until the command ends
         if collecting:
             gc.enable()

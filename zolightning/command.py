@@ -9,10 +9,12 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from zolightning import __version__
 from zolightning.callbacks import PredictionWriter, RunCheckpoint, RunLogger, RunProgress, RunReport, print_table
 from zolightning.export import export_model
 from zolightning.messages import reason
@@ -28,6 +30,19 @@ class ZOArgumentParser(LightningArgumentParser):
             return super().error(message, ex)
         sys.stderr.write(f"error: {reason(str(message))}\n")
         sys.exit(2)
+
+    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Any:
+        """Read a configuration file; a complaint about its form names it."""
+        problem = None
+        try:
+            if not isinstance(yaml.safe_load(Path(path).read_text(encoding="utf-8")), dict):
+                problem = "it holds no settings, such as trainer: {max_steps: 100}"
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            problem = f"line {line}: {error.problem}"
+        except (yaml.YAMLError, UnicodeDecodeError):
+            problem = "it is no text in UTF-8"
+        return self.error(f"configuration {str(path)!r}: {problem}") if problem else super().parse_path(path, *arguments, **options)
 
 
 class ZOTrainer(Trainer):
@@ -96,6 +111,11 @@ class ZOCLI(LightningCLI):
             },
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "zolightning",
+                "version": __version__,
+                "description": "Fine-tune language models with forward passes only.",
+            },
             args=args,
         )
 
@@ -131,12 +151,19 @@ class ZOCLI(LightningCLI):
         elif config.get("ckpt_path") is None and self.subcommand != "fit":
             print("no ckpt_path: this is the base model as it is", flush=True)
         path = Path(config.get("ckpt_path") or ".")
+        if config.get("ckpt_path") and path.is_dir():
+            raise ValueError(f"checkpoint {str(path)!r} is a folder")
         if path.is_file() and not is_zipfile(path):
             raise ValueError(f"checkpoint {str(path)!r} is damaged, or no checkpoint")
         if "weights_only" in config and config.weights_only is None:
             config.weights_only = True  # a checkpoint is data, never code
         if "verbose" in config:
             config.verbose = False  # the figures are printed once, below
+
+    def instantiate_classes(self) -> None:
+        """Refuse settings before any process is started for them."""
+        super().instantiate_classes()
+        self.model.check_trainer(self.trainer)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         folder = config.get("default_root_dir") or os.getcwd()

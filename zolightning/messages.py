@@ -30,11 +30,14 @@ def user_message(error: BaseException | None) -> str | None:
     and files that are not there.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.trainer import connectors
 
-    outer = error
+    outer, places = error, (_PACKAGE, Path(connectors.__file__).parent)
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        deliberate = bool(frames) and (frames[-1].line or "").startswith("raise ") and _PACKAGE in Path(frames[-1].filename).parents
+        deliberate = (
+            bool(frames) and (frames[-1].line or "").startswith("raise ") and any(p in Path(frames[-1].filename).parents for p in places)
+        )
         if deliberate and isinstance(error, (ValueError, RuntimeError)):
             return str(error)
         error = error.__cause__ or error.__context__
