@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import yaml
@@ -68,14 +69,32 @@ class ZOTrainer(Trainer):
         model.configure_model()
         checkpoint = None
         if ckpt_path is not None:
-            if not Path(ckpt_path).is_file():
-                raise ValueError(f"checkpoint {ckpt_path!r} does not exist")
             checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
             model.on_load_checkpoint(checkpoint)
             model.load_blocks(checkpoint["state_dict"])
         task = getattr(datamodule, "task", None)
         export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown")
         print(f"model        {output}")
+
+
+def check_checkpoint(path: Path, weights_only: bool) -> None:
+    """Refuse what is no whole checkpoint before anything is loaded for it.
+
+    Raises:
+        ValueError: It is not there, damaged (its checksums are read), or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        with ZipFile(path) as archive:
+            whole = archive.testzip() is None
+        content = torch.load(path, map_location="meta", weights_only=weights_only) if whole else None
+    except UnpicklingError as error:
+        raise ValueError(f"checkpoint {str(path)!r} holds more than data: --weights_only=false reads it if you trust it") from error
+    except (BadZipFile, RuntimeError, EOFError):
+        whole = False
+    if not whole or not isinstance(content, dict) or not {"state_dict", "global_step", "pytorch-lightning_version"} <= content.keys():
+        raise ValueError(f"checkpoint {str(path)!r} is damaged, or no checkpoint of a run")
 
 
 class RunConfig(SaveConfigCallback):
@@ -150,13 +169,10 @@ class ZOCLI(LightningCLI):
                 raise ValueError(f"no checkpoint in {last.parent}")
         elif config.get("ckpt_path") is None and self.subcommand != "fit":
             print("no ckpt_path: this is the base model as it is", flush=True)
-        path = Path(config.get("ckpt_path") or ".")
-        if config.get("ckpt_path") and path.is_dir():
-            raise ValueError(f"checkpoint {str(path)!r} is a folder")
-        if path.is_file() and not is_zipfile(path):
-            raise ValueError(f"checkpoint {str(path)!r} is damaged, or no checkpoint")
         if "weights_only" in config and config.weights_only is None:
             config.weights_only = True  # a checkpoint is data, never code
+        if config.get("ckpt_path"):
+            check_checkpoint(Path(config.ckpt_path), config.weights_only)
         if "verbose" in config:
             config.verbose = False  # the figures are printed once, below
 

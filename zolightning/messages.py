@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from pathlib import Path
@@ -40,6 +41,8 @@ def user_message(error: BaseException | None) -> str | None:
         )
         if deliberate and isinstance(error, (ValueError, RuntimeError)):
             return str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return "no space left on the disk: what was written before is as it was"
         error = error.__cause__ or error.__context__
     if isinstance(outer, ValueError) and str(outer).startswith("Does not validate against any of the Union subtypes"):
         return reason(str(outer))  # jsonargparse chains the first alternative only

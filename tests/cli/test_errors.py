@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import QUESTIONS, write_rows
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -51,6 +52,18 @@ def binary(folder: Path, name: str = "a.bin") -> str:
     """No text in UTF-8."""
     (folder / name).write_bytes(b"\xff\xfe\x00")
     return str(folder / name)
+
+
+def saved(folder: Path, damage: int) -> str:
+    """A file of torch.save: cut, with other bytes in the middle, with other content, with a class of its own."""
+    path, size = folder / "saved.ckpt", 20_000
+    keys = {"state_dict": {"w": torch.ones(size)}, "global_step": 1, "pytorch-lightning_version": "2.6.0"}
+    torch.save([keys, keys, {"weights": 1}, keys | {"x": Path("y")}][damage], path)
+    content = path.read_bytes()
+    path.write_bytes(content[: size if damage == 0 else None])
+    if damage == 1:
+        path.write_bytes(content[:size] + bytes(100) + content[size + 100 :])
+    return str(path)
 
 
 Case = tuple[Callable[[Path], list[str]], str]
@@ -109,6 +122,10 @@ CASES: dict[str, Case] = {
     "unknown key in a configuration": (lambda f: [f"--config={empty(f, 'modell: {x: 1}', 'a.yaml')}"], "modell"),
     "missing checkpoint": (lambda f: ["--ckpt_path=none.ckpt"], "none.ckpt"),
     "broken checkpoint": (lambda f: [f"--ckpt_path={empty(f, 'x', 'broken.ckpt')}"], "broken.ckpt"),
+    "truncated checkpoint": (lambda f: [f"--ckpt_path={saved(f, 0)}"], "checkpoint '{folder}/saved.ckpt' is damaged, or no checkpoint of a run"),
+    "rotten checkpoint": (lambda f: [f"--ckpt_path={saved(f, 1)}"], "checkpoint '{folder}/saved.ckpt' is damaged, or no checkpoint of a run"),
+    "something else": (lambda f: [f"--ckpt_path={saved(f, 2)}"], "checkpoint '{folder}/saved.ckpt' is damaged, or no checkpoint of a run"),
+    "code in a checkpoint": (lambda f: [f"--ckpt_path={saved(f, 3)}"], "checkpoint '{folder}/saved.ckpt' holds more than data"),
     "folder as checkpoint": (lambda f: [f"--ckpt_path={f}"], "checkpoint '{folder}' is a folder"),
     "no such accelerator": (lambda f: ["--trainer.accelerator=quantum"], "invalid accelerator name: `accelerator='quantum'`"),
     "processes": (lambda f: ["--trainer.devices=2"], "a run uses one device, trainer.devices asks for 2 processes: set trainer.devices=1"),
@@ -225,3 +242,24 @@ def test_a_bug_keeps_its_traceback(options: list[str], folder: Path, monkeypatch
     monkeypatch.setattr("sys.path", sys.path.copy())
     with pytest.raises(IndexError):
         main(["fit", *options])
+
+
+def test_full_disk(options: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """While the last checkpoint is written, and again while Lightning puts away the figures."""
+    from lightning.pytorch import Trainer
+
+    from zolightning.callbacks import RunLogger
+    from zolightning.cli import main
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    monkeypatch.setattr(RunLogger, "finalize", full)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["zolightning"])
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *options])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: no space left on the disk: what was written before is as it was\n"
