@@ -90,7 +90,7 @@ def net_closure(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
 
 def bits(tensor: Tensor) -> bytes:
     """The raw bytes of a tensor: tells -0.0 from 0.0 and compares NaN."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
 
 
 def state_bits(model: nn.Module) -> dict[str, bytes]:

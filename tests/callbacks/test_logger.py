@@ -27,7 +27,7 @@ def test_rows_and_columns(tmp_path: Path) -> None:
     logger.log_metrics({"train/lr": 0.25}, step=1)
     logger.log_metrics({"val/loss": 0.75}, step=2)
     assert not logger.path.exists(), "nothing is written before save"
-    logger.save()
+    logger.write()
     assert read(logger.path) == [
         {"step": "1", "train/loss": "0.5", "train/lr": "0.25", "val/loss": ""},
         {"step": "2", "train/loss": "", "train/lr": "", "val/loss": "0.75"},
@@ -50,7 +50,7 @@ def test_resume_keeps_earlier_rows(tmp_path: Path) -> None:
     logger = RunLogger(str(tmp_path))
     logger.start_at(4)
     logger.log_metrics({"a": 50.0, "b": 1.0}, 5)
-    logger.save()
+    logger.write()
     assert [(row["step"], row["a"], row["b"]) for row in read(logger.path)] == [
         *((str(step), float(step).__str__(), "") for step in range(1, 5)),
         ("5", "50.0", "1.0"),
@@ -63,7 +63,7 @@ def test_fresh_start_replaces(tmp_path: Path) -> None:
     logger.start_at(0)
     logger.log_metrics({"b": 1.0}, 0)
     assert len(read(logger.path)) == 6, "not before there is something to write"
-    logger.save()
+    logger.write()
     assert read(logger.path) == [{"step": "0", "b": "1.0"}]
 
 
@@ -84,7 +84,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(csv.DictWriter, "writerows", torn)
     with pytest.raises(KeyboardInterrupt):
-        logger.save()
+        logger.write()
     monkeypatch.undo()
     assert len(read(logger.path)) == 2
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import csv
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
 Row = dict[str, Any]
+
+_SHARE = 100  # the file is written for at most one hundredth of the time
 
 
 class RunLogger(Logger):
@@ -27,6 +33,7 @@ class RunLogger(Logger):
         self.path = Path(folder) / name
         self._rows: list[Row] | None = None
         self._first_step = 0
+        self._written, self._took = 0.0, 0.0  # when the file was written last (monotonic clock), and how long it took
 
     @property
     def name(self) -> str:
@@ -72,9 +79,16 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        """Write the file, unless that would take a noticeable share of the run's time: Lightning calls this at every line."""
+        if time.monotonic() - self._written >= _SHARE * self._took:
+            self.write()
+
+    @rank_zero_only
+    def write(self) -> None:
         """Write the file as a whole, so that it is never torn."""
         if not self._rows:
             return
+        start = time.monotonic()
         columns = list(dict.fromkeys(key for row in self._rows for key in row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
@@ -83,12 +97,18 @@ class RunLogger(Logger):
             writer.writeheader()
             writer.writerows(self._rows)
         os.replace(partial, self.path)
+        self._written = time.monotonic()
+        self._took = self._written - start
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """A run that resumes from the checkpoint needs the rows up to there."""
+        self.write()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left; a run that failed before its first step leaves the rows of an earlier one."""
         if status != "failed" or any(int(float(row["step"])) > self._first_step for row in self._rows or ()):
-            self.save()
+            self.write()
 
     def rows(self) -> list[Row]:
         """The rows on disk."""

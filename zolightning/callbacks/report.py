@@ -99,7 +99,8 @@ class RunReport(Callback):
         if trainer.logger is not None and after:
             metrics = {f"val/{name}": value for name, value in after.items()} | {"train/forwards": float(optimizer.forwards)}
             trainer.logger.log_metrics(metrics, step=trainer.global_step)
-            trainer.logger.save()
+            write = trainer.logger.write if isinstance(trainer.logger, RunLogger) else trainer.logger.save
+            write()
         took = time.perf_counter() - self.started
         skipped = f", {optimizer.skipped} steps skipped" if optimizer.skipped else ""
         print(f"\n{optimizer.steps:,} steps, {optimizer.forwards:,} forwards{skipped}, this time {_duration(took)}")

@@ -6,6 +6,7 @@ draws new noise at every replay.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from zolightning.kernels.rounding import HALF_TINY
 from zolightning.noise import Noise
 
 _HALF_TINY = tl.constexpr(HALF_TINY)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _OCTETS = 256  # octets (8 elements) of a program
 _WARPS = 8
 _SCALARS = ["k0", "k1", "query", "queries", "slot", "block"]  # values that change must not recompile
@@ -28,24 +30,24 @@ _POINTER, _NUMEL, _ID, _SLOT, _OFFSET, _PROGRAM, _COLUMNS = (tl.constexpr(i) for
 
 
 @triton.jit
-def _stochastic_round(value, bits, HALF: tl.constexpr):
+def _stochastic_round(value, bits, TYPE: tl.constexpr):
     raw = value.to(tl.uint32, bitcast=True)
-    if HALF:
+    if tl.float16 == TYPE:
         normal = ((raw + (bits & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
         scaled = tl.abs(value) * 16777216.0
         floor = tl.floor(scaled)
         up = (bits.to(tl.float32) * 0.0000152587890625) < (scaled - floor)
         tiny = (floor + up.to(tl.float32)) * 5.9604644775390625e-08
         tiny = (tiny.to(tl.uint32, bitcast=True) | (raw & 0x80000000)).to(tl.float32, bitcast=True)
-        value = tl.where(tl.abs(value) < _HALF_TINY, tiny, normal)
+        out = tl.where(tl.abs(value) < _HALF_TINY, tiny, normal).to(tl.float16)
     else:
-        value = ((raw + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return value
+        out = ((raw + bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return out
 
 
 @triton.jit
 def _nearest(value, TYPE: tl.constexpr):
-    if tl.bfloat16 == TYPE:  # spelled out: the interpreter's own conversion truncates
+    if _INTERPRETED and tl.bfloat16 == TYPE:  # the interpreter's own conversion truncates
         raw = value.to(tl.uint32, bitcast=True)
         value = ((raw + 0x7FFF + ((raw >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return value.to(TYPE)
@@ -128,8 +130,8 @@ def _update(
         w = w + (total - w * tl.load(shrink))
         if tl.float32 != TYPE:
             bits = rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(query))
-            w = _stochastic_round(w, bits, tl.float16 == TYPE)
-        _store(weight, left, w.to(TYPE), OCTETS)
+            w = _stochastic_round(w, bits, TYPE)
+        _store(weight, left, w, OCTETS)
 
 
 @triton.jit(do_not_specialize=_SCALARS)

@@ -1,0 +1,130 @@
+"""Many tensors in one pass: the bits of one after another, in plain torch and in Triton's interpreter (or on the GPU)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import bits
+from torch import Tensor
+
+from zolightning import kernels
+from zolightning.kernels import Pack, pack
+from zolightning.noise import GaussianNoise, Key, Noise, RademacherNoise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = ((3, 700), (5,), (1,), (), (16, 9), (2048,), (7, 300))
+KINDS: tuple[type[Noise], ...] = (GaussianNoise, RademacherNoise)
+needs_triton = pytest.mark.skipif(not pack.FUSED_DEVICES, reason="needs triton")
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernels also for tensors on the CPU."""
+    monkeypatch.setattr(pack, "FUSED_DEVICES", {"cuda", "cpu"})
+
+
+def tensors(dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Tensors of many shapes; the types take turns."""
+    return [torch.randn(shape).to(dtypes[i % len(dtypes)]).to(DEVICE) for i, shape in enumerate(SHAPES)]
+
+
+def noises(kind: type[Noise], query: int = 0) -> list[Noise]:
+    return [kind(Key(9, 100 + block, 4, query)) for block in range(len(SHAPES))]
+
+
+def amounts(count: int = len(SHAPES)) -> Tensor:
+    return torch.linspace(-0.3, 0.5, count, device=DEVICE)
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float16, torch.float32], [torch.float32, torch.bfloat16, torch.float16]])
+class TestOneLaunch:
+    def test_perturbed_copies(self, kind: type[Noise], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both signs of every tensor; the places in the amounts are the given ones."""
+        weights, slots = tensors(dtypes), [6, 5, 4, 3, 2, 1, 0]
+        made = Pack(weights, range(100, 107), slots).materialise(amounts(), noises(kind), copies=2)
+        monkeypatch.setattr(pack, "FUSED_DEVICES", set())
+        for weight, slot, noise, pair in zip(weights, slots, noises(kind), made, strict=True):
+            assert pair.shape == (2, *weight.shape)
+            for sign, copy in zip((1, -1), pair, strict=True):
+                assert bits(copy.contiguous()) == bits(kernels.materialise(weight.cpu(), sign * amounts()[slot].cpu(), noise))
+
+    def test_update(self, kind: type[Noise], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Three queries and weight decay."""
+        weights = tensors(dtypes)
+        one, two = [w.cpu().clone() for w in weights], [w.clone() for w in weights]
+        factors, rows = torch.randn(3, len(SHAPES)) * 1e-2, [noises(kind, query) for query in range(3)]
+        yes = torch.tensor(True)
+        Pack(two, range(100, 107)).update(factors.to(DEVICE), rows, torch.tensor(0.01, device=DEVICE), yes.to(DEVICE))
+        monkeypatch.setattr(pack, "FUSED_DEVICES", set())
+        Pack(one, range(100, 107)).update(factors, rows, 0.01, yes)
+        assert [bits(w) for w in one] == [bits(w) for w in two]
+
+    def test_the_clock_is_the_step(self, kind: type[Noise], dtypes: list[torch.dtype]) -> None:
+        """What counts on the device is the clock, not the step in the noises' keys."""
+        weights, yes = tensors(dtypes), torch.tensor(True, device=DEVICE)
+        late = [kind(Key(9, 100 + block, 77)) for block in range(len(SHAPES))]
+        clock = torch.tensor(4, device=DEVICE)
+        one = Pack(weights, range(100, 107)).materialise(amounts(), late, clock)
+        two = Pack(weights, range(100, 107)).materialise(amounts(), noises(kind))
+        assert [bits(w.clone()) for w in one] == [bits(w.clone()) for w in two]
+        moved = [w.clone() for w in weights], [w.clone() for w in weights]
+        Pack(moved[0], range(100, 107)).update(amounts()[None], [late], 0.0, yes, clock)
+        Pack(moved[1], range(100, 107)).update(amounts()[None], [noises(kind)], 0.0, yes)
+        assert [bits(w) for w in moved[0]] == [bits(w) for w in moved[1]]
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("width", [8, 24, 17, 576])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows(kind: type[Noise], width: int) -> None:
+    """Looked-up rows are those of the whole perturbed matrix, whatever their alignment; the second half has the other sign."""
+    weight, noise, slots = torch.randn(50, width).bfloat16().to(DEVICE), kind(Key(1, 2, 3)), torch.tensor([0.0, 0.2], device=DEVICE)
+    ids = torch.tensor([[49, 0, 7], [7, 1, 0], [3, 3, 48], [49, 2, 1]], device=DEVICE)
+    plus, minus = Pack([weight], [2], [1]).materialise(slots, [noise], copies=2)[0]
+    assert bits(kernels.rows(weight, ids, slots, 1, noise, None, 1)) == bits(plus[ids])
+    assert bits(kernels.rows(weight, ids, slots, 1, noise, None, 2)) == bits(torch.cat([plus[ids[:2]], minus[ids[2:]]]))
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
+def test_unaligned_weights() -> None:
+    """A tensor that begins in the middle of 16 bytes."""
+    memory = torch.randn(4000).bfloat16().to(DEVICE)
+    weight, noise = memory[3:3000], GaussianNoise(Key(1, 2, 3))
+    moved = Pack([weight], [2]).materialise(torch.tensor([0.1], device=DEVICE), [noise])[0][0]
+    assert bits(moved) == bits(kernels.materialise(weight.clone(), torch.tensor(0.1, device=DEVICE), noise))
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
+def test_weights_that_were_moved_are_noticed() -> None:
+    parameter = torch.nn.Parameter(torch.randn(8, device=DEVICE), requires_grad=False)
+    one, noise = Pack([parameter], [2]), GaussianNoise(Key(1, 2, 3))
+    one.materialise(torch.ones(1, device=DEVICE), [noise])
+    parameter.data = parameter.data.clone()
+    with pytest.raises(RuntimeError, match="the weights were moved to other memory after the space was made"):
+        one.materialise(torch.ones(1, device=DEVICE), [noise])
+
+
+def test_only_known_noise_goes_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a subclass with a draw of its own, not other blocks' keys, not gaps between queries, not float64."""
+    monkeypatch.setattr(pack, "FUSED_DEVICES", {"cuda", "cpu"})
+
+    class Mine(GaussianNoise):
+        pass
+
+    one = Pack([torch.zeros(3), torch.zeros(2)], [5, 6])
+
+    def row(kind: type[Noise], query: int = 0, block: int = 5) -> list[Noise]:
+        return [kind(Key(1, block, 2, query)), kind(Key(1, 6, 2, query))]
+
+    assert one.fusable([row(GaussianNoise), row(GaussianNoise, 1)])
+    assert not one.fusable([row(Mine)])
+    assert not one.fusable([row(GaussianNoise, block=7)])
+    assert not one.fusable([row(GaussianNoise), row(GaussianNoise, 2)])
+    assert not one.fusable([[GaussianNoise(Key(1, 5, 2)), RademacherNoise(Key(1, 6, 2))]])
+    assert not Pack([torch.zeros(3).double()], [5]).fusable([[GaussianNoise(Key(1, 5, 2))]])
