@@ -1,0 +1,109 @@
+"""What can be read off a gradient while it passes: readers for :func:`zolightning.modules.gradients.backward`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zolightning.kernels import stochastic_round
+from zolightning.modules.gradients import Gradient
+from zolightning.noise import Key, rounding_bits
+from zolightning.samplers.base import Direction
+from zolightning.spaces import Space
+
+
+class _Scalars:
+    """One number per block, summed over backward passes.
+
+    Args:
+        space: Whose blocks.
+
+    Attributes:
+        values: Shape ``[blocks]``, the space's compute type, on its device; zero where a block has had no gradient.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.values = torch.zeros(len(space.blocks), dtype=space.compute_dtype, device=space.device)
+
+
+class SquaredNorms(_Scalars):
+    r""":math:`\|g_i\|^2`."""
+
+    def __call__(self, index: int, gradient: Gradient) -> None:
+        for _, _, piece in gradient.pieces():
+            self.values[index] += torch.dot(piece, piece)
+
+
+class InnerProducts(_Scalars):
+    r""":math:`\langle z_i, g_i\rangle` with the noise of a direction (its scales left out), drawn again piece by piece.
+
+    Args:
+        space: Whose blocks.
+        direction: Names the noise.
+    """
+
+    def __init__(self, space: Space, direction: Direction) -> None:
+        super().__init__(space)
+        self.direction = direction
+
+    def __call__(self, index: int, gradient: Gradient) -> None:
+        noise = self.direction.noise(self.space.blocks[index])
+        for start, stop, piece in gradient.pieces():
+            self.values[index] += torch.dot(piece, noise.draw(start, stop - start, piece.device).to(piece.dtype))
+
+
+class Sum:
+    """The sum of all gradients so far: a second copy of the weights, in the space's compute type.
+
+    Args:
+        space: Whose blocks.
+        device: Where it is held, ``cpu`` for models that fill the accelerator; without it: beside the weights.
+    """
+
+    def __init__(self, space: Space, device: torch.device | str | None = None) -> None:
+        self.held = [
+            torch.zeros(block.numel, dtype=space.compute_dtype, device=device if device is not None else block.tensor.device)
+            for block in space.blocks
+        ]
+
+    def __call__(self, index: int, gradient: Gradient) -> None:
+        for start, stop, piece in gradient.pieces():
+            self.held[index][start:stop] += piece.to(self.held[index].device)
+
+    def squared_norms(self) -> Tensor:
+        """Squared norm of each block: shape ``[blocks]``."""
+        return torch.stack([torch.stack([part @ part for part in held.split(1 << 22)]).sum() for held in self.held])
+
+
+class ClippedStep:
+    r"""The plain gradient step of each block, taken as soon as its gradient has passed.
+
+    .. math:: W_i \leftarrow W_i - \eta\, g_i \min(1, c / \|g_i\|)
+
+    16-bit weights are rounded stochastically; a gradient that is not finite leaves its block as it is.
+
+    Args:
+        space: Whose blocks.
+        lr: Learning rate.
+        clip: Largest norm ``c`` of a block's gradient.
+        seed: Seed of the rounding.
+        step: Number of the step, for the rounding.
+    """
+
+    def __init__(self, space: Space, lr: float, clip: float, seed: int = 0, step: int = 0) -> None:
+        self.space, self.lr, self.clip, self.seed, self.step = space, lr, clip, seed, step
+
+    def __call__(self, index: int, gradient: Gradient) -> None:
+        block = self.space.blocks[index]
+        squared = torch.zeros((), dtype=gradient.dtype, device=block.tensor.device)
+        for _, _, piece in gradient.pieces():
+            squared += torch.dot(piece, piece)
+        rate = self.lr * (self.clip / squared.sqrt()).clamp(max=1.0)
+        valid, key, target = torch.isfinite(squared), Key(self.seed, block.id, self.step), block.tensor.detach().view(-1)
+        for start, stop, piece in gradient.pieces():
+            old = target[start:stop]
+            moved = old.to(gradient.dtype) - rate * piece
+            if block.dtype in (torch.bfloat16, torch.float16):
+                moved = stochastic_round(moved, rounding_bits(key, start, stop - start, piece.device), block.dtype)
+            target[start:stop] = torch.where(valid, moved.to(block.dtype), old)
