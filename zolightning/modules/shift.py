@@ -94,7 +94,7 @@ class Swap:
     def __init__(self, space: Space, shift: Shift, leave: Set[int] = frozenset()) -> None:
         self.space, self.shift = space, shift
         indices = {id(block.tensor): index for index, block in enumerate(space.blocks) if index not in leave}
-        self._hosts = [(module, owned) for module in space.model.modules() if (owned := dict(_owned(module, indices)))]
+        self._hosts = [(module, owned) for module in space.model.modules() if (owned := dict(owned_blocks(module, indices)))]
         self._running: dict[int, tuple[int, Tensor]] = {}  # address -> the perturbed block of a module that is running
         self._handles: list[RemovableHandle] = []
         self._saving = saved_tensors_hooks(self._pack, self._unpack)
@@ -134,7 +134,8 @@ class Swap:
         return self.shift.block(kept.index).as_strided(kept.size, kept.stride, kept.offset)
 
 
-def _owned(module: nn.Module, indices: dict[int, int]) -> Iterator[tuple[str, int]]:
+def owned_blocks(module: nn.Module, indices: dict[int, int]) -> Iterator[tuple[str, int]]:
+    """The blocks among a module's own parameters: leaf name and index (``indices``: by ``id`` of the tensor)."""
     for leaf, parameter in module._parameters.items():
         if parameter is not None and id(parameter) in indices:
             yield leaf, indices[id(parameter)]
