@@ -123,9 +123,7 @@ def backward(
         >>> loss = backward(space, objective.on(model, batch), norms)
         >>> norms.values  # ||gradient||^2 of each block
     """
-    # Small float16 gradients would vanish; what overflows is seen by the readers as not finite.
-    loss_scale = 1024.0 if any(block.dtype == torch.float16 for block in space.blocks) else 1.0
-
+    scale = loss_scale(space)
     seen: set[int] = set()
 
     def read(index: int, gradient: Gradient) -> None:
@@ -139,19 +137,24 @@ def backward(
     with ExitStack() as stack:
         stack.enter_context(exact_float32())
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_gradients_of(space, read, loss_scale))
-        by_rows = stack.enter_context(_by_rows(space, read, shift, large, loss_scale))
+        stack.enter_context(_gradients_of(space, read, scale))
+        by_rows = stack.enter_context(_by_rows(space, read, shift, large, scale))
         if shift is not None:
             stack.enter_context(Swap(space, shift, leave=by_rows))
         if checkpoint:
             stack.enter_context(checkpointed(space.model))
         value = loss()
-        (value * loss_scale if loss_scale != 1 else value).backward()
+        (value * scale if scale != 1 else value).backward()
     return value.detach()
 
 
+def loss_scale(space: Space) -> float:
+    """Factor on the loss of float16 weights, whose small gradients would vanish; what overflows is seen as not finite."""
+    return 1024.0 if any(block.dtype == torch.float16 for block in space.blocks) else 1.0
+
+
 @contextmanager
-def _gradients_of(space: Space, read: Reader, loss_scale: float) -> Iterator[None]:
+def _gradients_of(space: Space, read: Reader, scale: float) -> Iterator[None]:
     """Hooks that hand over and drop each block's gradient; everything that is no block needs none."""
     own = {id(block.tensor) for block in space.blocks}
     frozen = [p for p in space.model.parameters() if p.requires_grad and id(p) not in own]
@@ -161,7 +164,7 @@ def _gradients_of(space: Space, read: Reader, loss_scale: float) -> Iterator[Non
         def hook(tensor: Tensor) -> None:
             if tensor.grad is None:  # a layer by rows has handed it over itself
                 return
-            read(index, DenseGradient(tensor.grad, kernels.compute_dtype(tensor.dtype), loss_scale))
+            read(index, DenseGradient(tensor.grad, kernels.compute_dtype(tensor.dtype), scale))
             tensor.grad = None
 
         return hook
@@ -225,7 +228,7 @@ class _LinearByRows(torch.autograd.Function):
 
 
 @contextmanager
-def _by_rows(space: Space, read: Reader, shift: Shift | None, large: int, loss_scale: float) -> Iterator[frozenset[int]]:
+def _by_rows(space: Space, read: Reader, shift: Shift | None, large: int, scale: float) -> Iterator[frozenset[int]]:
     """Let large linear layers run by rows; yields the indices of their blocks."""
     uses: dict[int, int] = {}
     for module in space.model.modules():
@@ -247,7 +250,7 @@ def _by_rows(space: Space, read: Reader, shift: Shift | None, large: int, loss_s
     try:
         for index, layer in layers:
             rows = max(1, (large // 4) // layer.in_features)
-            layer.forward = forward(layer, _RowsOf(index, layer.weight, shift, rows, read, loss_scale))  # type: ignore[method-assign]
+            layer.forward = forward(layer, _RowsOf(index, layer.weight, shift, rows, read, scale))  # type: ignore[method-assign]
         yield frozenset(index for index, _ in layers)
     finally:
         for _, layer in layers:

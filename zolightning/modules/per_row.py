@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from zolightning import kernels
+from zolightning.modules.gradients import loss_scale
 from zolightning.modules.shift import owned_blocks
 from zolightning.optim.optimizer import exact_float32
 from zolightning.spaces import Space
@@ -36,13 +37,13 @@ def row_norms(space: Space, losses: Callable[[], Tensor], sequences: int, exampl
     Raises:
         NotImplementedError: A block is used in a way that is not followed.
     """
-    tape = _Tape(space, sequences, example)
+    tape, scale = _Tape(space, sequences, example), loss_scale(space)
     with exact_float32(), torch.enable_grad(), _vectors(space, tape), tape:
-        losses().sum().backward()
+        (losses().sum() * scale).backward()
         missed = [block.name for index, block in enumerate(space.blocks) if tape.left[index] or block.tensor.grad is not None]
     if missed:
         raise NotImplementedError(f"{missed[0]!r} is used in a way that is not followed row by row")
-    return tape.values
+    return tape.values / scale**2
 
 
 class _Tape(TorchFunctionMode):

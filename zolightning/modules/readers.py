@@ -54,14 +54,18 @@ class InnerProducts(_Scalars):
 
 
 class Sum:
-    """The sum of all gradients so far: a second copy of the weights, in the space's compute type.
+    """The weighted sum of all gradients so far: a second copy of the weights, in the space's compute type.
 
     Args:
         space: Whose blocks.
         device: Where it is held, ``cpu`` for models that fill the accelerator; without it: beside the weights.
+
+    Attributes:
+        weight: Of the gradients that come next.
     """
 
     def __init__(self, space: Space, device: torch.device | str | None = None) -> None:
+        self.weight = 1.0
         self.held = [
             torch.zeros(block.numel, dtype=space.compute_dtype, device=device if device is not None else block.tensor.device)
             for block in space.blocks
@@ -69,7 +73,7 @@ class Sum:
 
     def __call__(self, index: int, gradient: Gradient) -> None:
         for start, stop, piece in gradient.pieces():
-            self.held[index][start:stop] += piece.to(self.held[index].device)
+            self.held[index][start:stop] += self.weight * piece.to(self.held[index].device)
 
     def squared_norms(self) -> Tensor:
         """Squared norm of each block: shape ``[blocks]``."""
