@@ -17,6 +17,8 @@ _HOME = {
     "Estimator": "estimators",
     "GaussianSampler": "samplers",
     "Objective": "objectives",
+    "Policy": "policies",
+    "PolicySampler": "samplers",
     "RademacherSampler": "samplers",
     "Reward": "objectives",
     "Rule": "optim",
@@ -48,7 +50,9 @@ if TYPE_CHECKING:
     from zolightning.optim import SGD as SGD
     from zolightning.optim import Rule as Rule
     from zolightning.optim import ZOOptimizer as ZOOptimizer
+    from zolightning.policies import Policy as Policy
     from zolightning.samplers import GaussianSampler as GaussianSampler
+    from zolightning.samplers import PolicySampler as PolicySampler
     from zolightning.samplers import RademacherSampler as RademacherSampler
     from zolightning.samplers import Sampler as Sampler
     from zolightning.spaces import DenseSpace as DenseSpace

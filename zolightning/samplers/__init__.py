@@ -2,6 +2,7 @@
 
 from zolightning.samplers.base import Direction, Sampler
 from zolightning.samplers.gaussian import GaussianSampler
+from zolightning.samplers.policy import PolicySampler
 from zolightning.samplers.rademacher import RademacherSampler
 
-__all__ = ["Direction", "GaussianSampler", "RademacherSampler", "Sampler"]
+__all__ = ["Direction", "GaussianSampler", "PolicySampler", "RademacherSampler", "Sampler"]

@@ -75,6 +75,20 @@ class Sampler(ABC):
         """Standard deviation of each block in the coming step: float32, shape ``[blocks]``, on the blocks' device."""
         return torch.ones(len(self.blocks), dtype=torch.float32, device=self.blocks[0].tensor.device)
 
+    def observe(self, losses: Tensor) -> None:  # noqa: B027
+        """Learn from the probe losses of a step; tensors are written in place, with device operations only.
+
+        Args:
+            losses: Shape ``[probes]``, in the order of the estimator's probes. If one is not finite, the state must stay as it is.
+        """
+
+    def refresh(self, step: int) -> None:  # noqa: B027
+        """Get ready for a step; called on the host before each one, never inside a CUDA graph."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that a resumed run needs back, by name; restored in place."""
+        return {}
+
     def directions(self, seed: int, step: int, queries: int) -> tuple[Direction, ...]:
         """The directions of one step; they share their scales."""
         scales = self.scales()
