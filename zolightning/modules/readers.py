@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zolightning.blocks import Block
 from zolightning.kernels import stochastic_round
 from zolightning.modules.gradients import Gradient
 from zolightning.noise import Key, rounding_bits
@@ -75,6 +76,11 @@ class Sum:
         for start, stop, piece in gradient.pieces():
             self.held[index][start:stop] += self.weight * piece.to(self.held[index].device)
 
+    def scale(self, factor: float) -> None:
+        """Multiply the sum; 0 empties it, whatever it held."""
+        for held in self.held:
+            held.zero_() if factor == 0 else held.mul_(factor)
+
     def squared_norms(self) -> Tensor:
         """Squared norm of each block: shape ``[blocks]``."""
         return torch.stack([torch.stack([part @ part for part in held.split(1 << 22)]).sum() for held in self.held])
@@ -85,7 +91,7 @@ class ClippedStep:
 
     .. math:: W_i \leftarrow W_i - \eta\, g_i \min(1, c / \|g_i\|)
 
-    16-bit weights are rounded stochastically; a gradient that is not finite leaves its block as it is.
+    16-bit weights are rounded stochastically; a gradient whose norm is not finite leaves its block as it is.
 
     Args:
         space: Whose blocks.
@@ -104,10 +110,23 @@ class ClippedStep:
         for _, _, piece in gradient.pieces():
             squared += torch.dot(piece, piece)
         rate = self.lr * (self.clip / squared.sqrt()).clamp(max=1.0)
-        valid, key, target = torch.isfinite(squared), Key(self.seed, block.id, self.step), block.tensor.detach().view(-1)
-        for start, stop, piece in gradient.pieces():
-            old = target[start:stop]
-            moved = old.to(gradient.dtype) - rate * piece
-            if block.dtype in (torch.bfloat16, torch.float16):
-                moved = stochastic_round(moved, rounding_bits(key, start, stop - start, piece.device), block.dtype)
-            target[start:stop] = torch.where(valid, moved.to(block.dtype), old)
+        descend(block, gradient, rate, Key(self.seed, block.id, self.step))
+
+
+def descend(block: Block, gradient: Gradient, rate: Tensor, key: Key) -> None:
+    r"""In-place step :math:`W \leftarrow W - r\, g`; 16-bit weights are rounded stochastically.
+
+    Args:
+        block: What moves; a step that is not finite leaves its elements as they are.
+        gradient: The gradient ``g``.
+        rate: The factor ``r``: 0-d, in the gradient's type, on the weights' device.
+        key: Names the rounding bits.
+    """
+    target = block.tensor.detach().view(-1)
+    for start, stop, piece in gradient.pieces():
+        old = target[start:stop]
+        moved = old.to(gradient.dtype) - rate * piece.to(old.device)
+        valid = torch.isfinite(moved)
+        if block.dtype in (torch.bfloat16, torch.float16):
+            moved = stochastic_round(moved, rounding_bits(key, start, stop - start, old.device), block.dtype)
+        target[start:stop] = torch.where(valid, moved.to(block.dtype), old)

@@ -58,7 +58,7 @@ class BlockStatistics:
 
     Example:
         >>> statistics = collect_statistics(space, objective, batches)
-        >>> sampler = PolicySampler(Table.of(blocks, statistics.ratio_scales()))
+        >>> table = controls.closed_form(blocks, statistics.by_name("gradient"), statistics.by_name("fisher"))
     """
 
     names: tuple[str, ...]
@@ -68,25 +68,9 @@ class BlockStatistics:
     rows: int
     batch_size: int
 
-    def ratio_scales(self, damping: float = 0.0) -> Tensor:
-        r"""The closed form without curvature along the gradient, :math:`\sigma_i^2 \propto G_i / F_i`.
-
-        .. math:: \sigma_i^2 = \max(G_i, 0) / F_i + \lambda \textstyle\sum_j G_j / \sum_j F_j
-
-        Args:
-            damping: The share :math:`\lambda` of the overall ratio that every block gets; large: uniform scales.
-
-        Returns:
-            Raw scales: float64, shape ``[blocks]``; zero where a block has had no gradient.
-
-        Raises:
-            ValueError: ``damping`` is negative, or the statistics show no signal at all.
-        """
-        if not damping >= 0:
-            raise ValueError(f"damping={damping} must not be negative")
-        signal, fisher = self._signal(), self.fisher.double()
-        ratio = torch.where(fisher > 0, signal / fisher.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-        return (ratio + damping * signal.sum() / fisher.sum()).sqrt()
+    def by_name(self, field: str) -> dict[str, float]:
+        """One of the statistics (``gradient``, ``batch``, ``fisher``) by name of the block, for :func:`zolightning.policies.controls.closed_form`."""
+        return dict(zip(self.names, getattr(self, field).tolist(), strict=True))
 
     def decrease_scales(self, alignment: float = 0.1, sweeps: int = 200) -> Tensor:
         r"""The scales with the largest expected decrease of one step, :func:`expected_decrease`, by coordinate ascent.
