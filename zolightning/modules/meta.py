@@ -152,6 +152,10 @@ class PolicyMetaTrainModule(ZOModule):
             own.prepare(self.tokenizer, source.train_examples)
         return own
 
+    def batch_objective(self) -> Objective:
+        """The objective of the coming step's task."""
+        return self.objectives[self.steps % len(self.sources)]
+
     # A step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -259,6 +263,8 @@ class PolicyMetaTrainModule(ZOModule):
         folder.mkdir(parents=True, exist_ok=True)
         objective, teacher = type(self.meta_objective).__name__, type(self.teacher).__name__
         tasks = [type(task).__name__ for source in self.sources if (task := getattr(source, "task", None)) is not None]
+        if isinstance(self.meta_objective, ClosedForm) and self.meta_objective.solve(self.policy.blocks) is None:
+            log.warning("the table is still uniform: no task has %d steps and a signal above its noise", self.meta_objective.warm_up)
         self.policy.trained = {"steps": self.steps, "objective": objective, "teacher": teacher, "tasks": tasks, "seed": self.seed}
         path = self.policy.save_pretrained(folder / "policy.safetensors")
         arguments: dict[str, Any] = {"policy": str(path), "refresh_every": self.refresh_every}
