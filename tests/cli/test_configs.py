@@ -39,7 +39,9 @@ def test_grid(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "meta").glob("*.yaml")), ids=lambda path: path.name)
-def test_meta(path: Path, tiny_folder: str, rows_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_meta(
+    path: Path, tiny_folder: str, rows_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Meta-training runs for two steps, and a fine-tuning run takes what it has written."""
     from zolightning.cli import main
 
@@ -64,7 +66,8 @@ def test_meta(path: Path, tiny_folder: str, rows_file: str, tmp_path: Path, monk
     assert (folder / "config.yaml").exists()
     cli = main([
         "fit", f"--config={ROOT / 'configs' / 'recipes' / 'sst2_smollm2.yaml'}", f"--model.pretrained={tiny_folder}",
-        f"--data.train_file={rows_file}", f"--data.validation_file={rows_file}", "--data.batch_size=4", *quiet, "--trainer.limit_val_batches=0",
+        f"--data.train_file={rows_file}", f"--data.validation_file={rows_file}", "--data.batch_size=4", *quiet,
+        "--trainer.limit_val_batches=0",
         "--model.optimizer.eps=0.01", f"--model.sampler={folder / 'sampler.yaml'}",
     ])  # fmt: skip
     assert cli.trainer.global_step == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from meta import bound, plain_gradients, token_batch
@@ -12,7 +14,7 @@ import zolightning as zl
 from zolightning.modules.per_row import row_norms
 
 
-def losses_of(model: torch.nn.Module, batch: dict[str, Tensor]):  # noqa: ANN201
+def losses_of(model: torch.nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     """One mean loss per row."""
 
     def losses() -> Tensor:
@@ -43,7 +45,8 @@ def test_several_sequences_a_row() -> None:
     space = zl.DenseSpace(model)
     ids = token_batch(rows=6)["input_ids"]
     batch = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "scored": torch.full((6,), 2), "example": torch.tensor([0, 0, 0, 1, 1, 2]),
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "scored": torch.full((6,), 2),
+        "example": torch.tensor([0, 0, 0, 1, 1, 2]),
         "choice": torch.tensor([0, 1, 2, 0, 1, 0]), "label": torch.tensor([1, 0, 0]),
     }  # fmt: skip
     objective = zl.CandidateCrossEntropy()

@@ -26,7 +26,9 @@ from zolightning.policies import BlockInfo, controls
 def row_gradients(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Gradients of all rows, ``[rows, ...]``, one after another (equal weights, so a row's share is its mean loss)."""
     rows = [
-        plain_gradients(model, {key: value[row : row + 1] for key, value in batch.items()}) for batch in batches for row in range(len(batch["scored"]))
+        plain_gradients(model, {key: value[row : row + 1] for key, value in batch.items()})
+        for batch in batches
+        for row in range(len(batch["scored"]))
     ]
     return {name: torch.stack([row[name].flatten() for row in rows]) for name in rows[0]}
 
@@ -46,7 +48,9 @@ def test_equals_loops_over_rows(family: str, together: int, checkpoint: bool) ->
             h = rows[name]
             inner = h @ h.t()
             batch_of = torch.arange(12) // 4
-            pairs = ~torch.eye(12, dtype=torch.bool) & ((batch_of[:, None] == batch_of) if hold is False else torch.ones(12, 12, dtype=torch.bool))
+            pairs = ~torch.eye(12, dtype=torch.bool) & (
+                (batch_of[:, None] == batch_of) if hold is False else torch.ones(12, 12, dtype=torch.bool)
+            )
             size = float(inner.diagonal().mean())
             assert float(found.gradient[index]) == pytest.approx(float(inner[pairs].mean()), rel=1e-10, abs=1e-12 * size + 1e-30)
             assert float(found.fisher[index]) == pytest.approx(size, rel=1e-10, abs=1e-30)

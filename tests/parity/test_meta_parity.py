@@ -133,7 +133,13 @@ CASES: list[tuple[str, Callable[[], MetaObjective], Callable[[], Teacher]]] = [
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("kind", "make_objective", "make_teacher"), CASES)
 def test_meta_steps(
-    kind: str, make_objective: Callable[[], MetaObjective], make_teacher: Callable[[], Teacher], tied: bool, detached: bool, rule: Any, checkpoint: bool
+    kind: str,
+    make_objective: Callable[[], MetaObjective],
+    make_teacher: Callable[[], Teacher],
+    tied: bool,
+    detached: bool,
+    rule: Any,
+    checkpoint: bool,
 ) -> None:
     """Three steps: the policy's gradients, its parameters and the weights, to 1e-8."""
     model = llama(tied)

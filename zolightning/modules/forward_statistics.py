@@ -136,7 +136,9 @@ def _coefficients(space: Space, objective: Objective, batch: Batch, direction: D
 def _tell_cost(groups: int, seen: Tensor) -> None:
     signal, noise = float(seen[:, 0].mean()), float(seen[:, 1].mean())
     if signal <= 0:
-        log.warning("forward statistics: after %d pairs the gradient is still below its noise; larger batches or a backward pass", len(seen))
+        log.warning(
+            "forward statistics: after %d pairs the gradient is still below its noise; larger batches or a backward pass", len(seen)
+        )
         return
     ratio = noise / signal
     log.warning(

@@ -216,7 +216,7 @@ class _LinearByRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,), by_rows = ctx.saved_tensors, ctx.by_rows
         back = torch.zeros_like(x)
         for rows, part in by_rows.parts():
@@ -250,7 +250,7 @@ def _by_rows(space: Space, read: Reader, shift: Shift | None, large: int, scale:
     try:
         for index, layer in layers:
             rows = max(1, (large // 4) // layer.in_features)
-            layer.forward = forward(layer, _RowsOf(index, layer.weight, shift, rows, read, scale))  # type: ignore[method-assign]
+            layer.forward = forward(layer, _RowsOf(index, layer.weight, shift, rows, read, scale))  # type: ignore[method-assign, assignment]
         yield frozenset(index for index, _ in layers)
     finally:
         for _, layer in layers:

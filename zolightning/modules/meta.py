@@ -144,10 +144,8 @@ class PolicyMetaTrainModule(ZOModule):
             self._continue(self._restored)
 
     def _objective_of(self, source: Any) -> Objective:
-        if self.objective is not None:
-            own = copy.copy(self.objective)  # biases are a task's own
-        else:
-            own = OBJECTIVES[str(getattr(source, "objective", "answer"))]()
+        kind = OBJECTIVES[str(getattr(source, "objective", "answer"))]
+        own = copy.copy(self.objective) if self.objective is not None else kind()  # biases are a task's own
         if hasattr(source, "train_examples"):
             own.prepare(self.tokenizer, source.train_examples)
         return own

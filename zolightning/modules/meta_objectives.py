@@ -171,9 +171,7 @@ class ExpectedDecrease(MetaObjective):
 
     forwards = 2  # the batch, and its rows once more
 
-    def __init__(
-        self, lr: float | None = None, alignment: float = 0.1, memory: float = 1.0, warm_up: int = 8, together: int = 8
-    ) -> None:
+    def __init__(self, lr: float | None = None, alignment: float = 0.1, memory: float = 1.0, warm_up: int = 8, together: int = 8) -> None:
         if lr is not None and not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"lr={lr} of the meta-objective must be positive and finite")
         if not 0 <= alignment <= 1:

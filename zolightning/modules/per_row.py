@@ -67,7 +67,6 @@ class _Tape(TorchFunctionMode):
 
     def add(self, index: int, gradient: Tensor) -> None:
         """The gradients of one use, ``[sequences, ...]``; after the last use the norm of each row's sum is taken."""
-        block = self.space.blocks[index]
         gradient = gradient.reshape(self.sequences, -1)
         if self.example is not None:
             rows = int(self.example[-1]) + 1
@@ -78,7 +77,8 @@ class _Tape(TorchFunctionMode):
         if self.left[index]:
             self._sums[index] = gradient
         else:
-            self.values[index] += sum(row.to(kernels.compute_dtype(block.dtype)).square().sum() for row in gradient)
+            norms = torch.linalg.vector_norm(gradient, dim=1, dtype=kernels.compute_dtype(self.space.blocks[index].dtype))
+            self.values[index] += norms.square().sum()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
@@ -121,7 +121,7 @@ class _Matrix(torch.autograd.Function):
         return x @ weight if transposed else F.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         inputs, outputs = x.flatten(1, -2), gradient.flatten(1, -2)
         ctx.tape.add(ctx.index, inputs.mT @ outputs if ctx.transposed else outputs.mT @ inputs)
@@ -136,7 +136,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         (ids,), (count, width), tape = ctx.saved_tensors, ctx.shape, ctx.tape
         place = ids.flatten(1) + torch.arange(tape.sequences, device=ids.device)[:, None] * count
         table = gradient.new_zeros(tape.sequences * count, width)
@@ -151,7 +151,7 @@ class _Vector(torch.autograd.Function):
         return parameter.view(*[1] * (len(shape) - 1), -1).expand(shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.tape.add(ctx.index, gradient)
         return None, None, None, None
 

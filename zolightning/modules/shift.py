@@ -65,7 +65,7 @@ class _Perturb(torch.autograd.Function):
         return shift.block(index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient, None, None
 
 
@@ -126,7 +126,7 @@ class Swap:
 
     def _pack(self, saved: Tensor) -> Tensor | _Recipe:
         running = self._running.get(saved.untyped_storage().data_ptr())
-        return saved if running is None else _Recipe(running[0], saved.shape, saved.stride(), saved.storage_offset())
+        return saved if running is None else _Recipe(running[0], saved.shape, saved.stride(), int(saved.storage_offset()))
 
     def _unpack(self, kept: Tensor | _Recipe) -> Tensor:
         if isinstance(kept, Tensor):

@@ -69,7 +69,11 @@ class BlockStatistics:
     batch_size: int
 
     def by_name(self, field: str) -> dict[str, float]:
-        """One of the statistics (``gradient``, ``batch``, ``fisher``) by name of the block, for :func:`zolightning.policies.controls.closed_form`."""
+        """One of the statistics by name of the block, as :func:`zolightning.policies.controls.closed_form` takes it.
+
+        Args:
+            field: ``gradient``, ``batch`` or ``fisher``.
+        """
         return dict(zip(self.names, getattr(self, field).tolist(), strict=True))
 
     def decrease_scales(self, alignment: float = 0.1, sweeps: int = 200) -> Tensor:
@@ -152,10 +156,12 @@ def mean_statistics(several: Sequence[BlockStatistics], normalise: bool = False)
     if not several or any(s.names != several[0].names for s in several):
         raise ValueError(f"cannot average {len(several)} statistics" + (" of different blocks" if several else ""))
     units = [float(s._signal().sum()) if normalise else 1.0 for s in several]
-    means = {
-        name: torch.stack([getattr(s, name).double() / unit for s, unit in zip(several, units, strict=True)]).mean(0) for name in _FIELDS
-    }
-    return replace(several[0], **means, rows=sum(s.rows for s in several))
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(s, name).double() / unit for s, unit in zip(several, units, strict=True)]).mean(0)
+
+    rows = sum(s.rows for s in several)
+    return replace(several[0], gradient=mean("gradient"), batch=mean("batch"), fisher=mean("fisher"), rows=rows)
 
 
 def expected_decrease(scales: Tensor, statistics: BlockStatistics, lr: float | None = None, alignment: float = 0.1) -> Tensor:
@@ -285,7 +291,7 @@ def collect_statistics(
         raise ValueError("no batch to collect statistics from")
     gradient = within / pairs if total is None else (total.squared_norms().to(squares) - squares) / (rows * (rows - 1))
     names = tuple(block.name for block in space.blocks)
-    return BlockStatistics(names, *(t.cpu() for t in (gradient, means / count, squares / rows)), rows, rows // count)
+    return BlockStatistics(names, gradient.cpu(), (means / count).cpu(), (squares / rows).cpu(), rows, rows // count)
 
 
 def _loss(objective: Objective, space: Space, batch: Batch, weights: list[Tensor]) -> Tensor:
