@@ -23,8 +23,9 @@ from zolightning.modules.evaluation import (
     Evaluation,
     LossEvaluation,
     Prediction,
+    fitted_biases,
 )
-from zolightning.objectives import CandidateCrossEntropy, Objective, Reward, TokenCrossEntropy, fit_biases
+from zolightning.objectives import CandidateCrossEntropy, Objective, Reward, TokenCrossEntropy
 from zolightning.spaces import DenseSpace, Space
 
 if TYPE_CHECKING:
@@ -184,7 +185,6 @@ class ZOModule(pl.LightningModule):
                 evaluation.update(self.language_model, move_data_to_device(batch, self.device), loader)
         return evaluation.figures()
 
-    @torch.no_grad()
     def fit_candidate_biases(self, data: Any) -> Tensor:
         """Candidate biases on the calibration rows of a data module, at the present weights.
 
@@ -194,10 +194,7 @@ class ZOModule(pl.LightningModule):
         loaders = data.val_dataloader() if data is not None else []
         if len(loaders) < 2:
             raise ValueError("candidate biases need training rows to fit on: set data.calibration_rows above 0")
-        evaluation = CandidateEvaluation()
-        for batch in loaders[CALIBRATION]:
-            evaluation.update(self.language_model, move_data_to_device(batch, self.device), CALIBRATION)
-        return fit_biases(*evaluation.calibration_rows()).to(self.device, torch.float32)
+        return fitted_biases(self.language_model, loaders[CALIBRATION], self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the figures of the last pass."""

@@ -122,7 +122,7 @@ class BlockStatistics:
         from safetensors.torch import save_file
 
         about = {"names": json.dumps(self.names), "rows": str(self.rows), "batch_size": str(self.batch_size)}
-        save_file({name: getattr(self, name).cpu().contiguous() for name in _FIELDS}, str(path), metadata=about)
+        save_file({name: getattr(self, name).cpu().clone() for name in _FIELDS}, str(path), metadata=about)
         return Path(path)
 
     @classmethod
