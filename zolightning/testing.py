@@ -12,22 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zolightning.estimators.base import Estimator
 from zolightning.estimators.two_point import TwoPoint
 from zolightning.noise import Key
 from zolightning.optim.rules import Rule
+from zolightning.policies import BlockInfo, Features, Policy
 from zolightning.samplers.base import Direction, Sampler
 from zolightning.samplers.gaussian import GaussianSampler
 from zolightning.spaces.base import Space
 from zolightning.spaces.dense import DenseSpace
 
-__all__ = ["check_estimator", "check_rule", "check_sampler", "check_space"]
+__all__ = ["DeviceOnly", "check_estimator", "check_policy", "check_rule", "check_sampler", "check_space"]
 
 _CPU = torch.device("cpu")
 _STANDARD_ERRORS = 5.0
@@ -312,15 +316,99 @@ def check_rule(rule: Rule) -> None:
     Raises:
         AssertionError: A property does not hold.
     """
-    still = rule.move(torch.zeros(3), lr=0.1)
+    still = rule.move(torch.zeros(3), torch.tensor(0.1))
     assert bool((still.weights == 0).all()), f"zero coefficients move the weights by {still.weights.tolist()}"
     for dtype in (torch.float32, torch.float64):
         coefficients = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
         kept = coefficients.clone()
-        weights, shrink = rule.move(coefficients, lr=0.1)
+        weights, shrink = rule.move(coefficients, torch.tensor(0.1, dtype=dtype))
         assert torch.equal(coefficients, kept), "move() changed its input"
         assert weights.shape == (3,), f"weights have shape {tuple(weights.shape)} for 3 directions"
         assert weights.dtype == dtype, f"weights are {weights.dtype} for {dtype} coefficients"
         assert bool(torch.isfinite(weights).all()), f"weights are not finite: {weights.tolist()}"
         assert float((weights * coefficients).sum()) < 0, "the step does not go down the estimate"
         assert 0 <= shrink < 1, f"shrink={shrink} must be at least 0 and below 1"
+
+
+class DeviceOnly(TorchDispatchMode):
+    """Context that refuses what a CUDA graph cannot capture: values read by the host, tensors made from Python lists.
+
+    Raises:
+        AssertionError: Such an operation ran.
+
+    Example:
+        >>> with DeviceOnly():
+        ...     sampler.scales()
+    """
+
+    _refused = frozenset({"_local_scalar_dense", "equal", "nonzero", "lift_fresh", "_unique2"})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation, or refuse it."""
+        name = func.overloadpacket.__name__
+        assert name not in self._refused, f"{name} waits for the host; a captured step can only use operations of the device"
+        return func(*args, **(kwargs or {}))
+
+
+_BLOCKS = (
+    BlockInfo("embed_tokens.weight", (64, 8)),
+    *(
+        BlockInfo(f"layers.{layer}.{name}.weight", shape)
+        for layer in range(3)
+        for name, shape in (("self_attn.q_proj", (8, 8)), ("mlp.down_proj", (8, 16)), ("input_layernorm", (8,)))
+    ),
+    BlockInfo("norm.weight", (8,)),
+)
+
+
+def check_policy(policy: Policy) -> None:
+    """Scales are usable, a pure function on the device, differentiable, and survive another order of the blocks and a file.
+
+    Args:
+        policy: Any policy; a fresh one is bound to the test's own small model.
+
+    Raises:
+        AssertionError: A property does not hold.
+    """
+    fresh = not policy.blocks
+    bound = policy.bind(policy.blocks or _BLOCKS)
+    assert not (fresh and policy.blocks), "bind() changed the policy that it was called on"
+    blocks = bound.blocks
+    for loss in (0.0, 0.5, 50.0):
+        _check_scales(bound, Features.reference(blocks, loss))
+
+    features = Features.reference(blocks)
+    raw = bound(features)
+    if bound.n_params:
+        raw.sum().backward()
+        for name, parameter in bound.named_parameters():
+            assert parameter.grad is not None, f"the scales do not depend on {name}"
+            assert bool(torch.isfinite(parameter.grad).all()), f"the gradient of {name} is not finite"
+            parameter.grad = None
+    turned = bound.bind(blocks[::-1])(Features.reference(blocks[::-1]))
+    assert torch.allclose(turned.flip(0), raw, rtol=1e-4), "another order of the blocks gives other scales; is per_block complete?"
+    with TemporaryDirectory() as folder:
+        first, second = (bound.save_pretrained(Path(folder) / name) for name in ("a.safetensors", "b.safetensors"))
+        assert first.read_bytes() == second.read_bytes(), "one policy gave two different files"
+        again = Policy.from_pretrained(first)
+        assert (again.blocks, again.config()) == (blocks, bound.config()), "a file gave another configuration or other blocks"
+        assert torch.allclose(again(features), raw.to(torch.float32), rtol=1e-4), "a file gave other scales"
+
+
+@torch.no_grad()
+def _check_scales(policy: Policy, features: Features) -> None:
+    parts = {**features.state(), "step": features.step, **policy.state_dict()}
+    before = {name: tensor.clone() for name, tensor in parts.items()}
+    with DeviceOnly():
+        raw = policy(features)
+        scales = policy.normalise(raw)
+    for name, tensor in parts.items():
+        assert torch.equal(tensor, before[name]), f"forward() changed {name}"
+    assert torch.equal(policy(features), raw), "the same features gave different scales"
+    assert raw.shape == (len(policy.blocks),), f"forward() gave shape {tuple(raw.shape)} for {len(policy.blocks)} blocks"
+    assert raw.is_floating_point(), f"forward() gave {raw.dtype}"
+    assert bool((torch.isfinite(raw) & (raw >= 0)).all()), f"scales must be finite and not negative, got {raw}"
+    assert bool(torch.isfinite(scales).all()), "the normalised scales are not finite: is every raw scale 0?"
+    if policy.normaliser.rule != "none":
+        energy = float((policy.shares * scales.double().square()).sum())
+        assert abs(energy - 1) < 1e-4, f"normalised scales have mean square {energy}, not 1"

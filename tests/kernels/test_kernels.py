@@ -28,6 +28,25 @@ def weights(numel: int, dtype: torch.dtype) -> Tensor:
     return w
 
 
+def fused_materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
+    """Triton's form for one tensor."""
+    fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
+    table = fused.Table([weight], [noise.key.block], [0])
+    return fused.materialise(table, amount.reshape(1), noise, clock(noise, weight), 1)[0][0]
+
+
+def fused_update(weight: Tensor, amounts: Tensor, noises: list[Noise], shrink: float, valid: Tensor) -> None:
+    """Triton's form for one tensor."""
+    fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
+    table, rate = fused.Table([weight], [noises[0].key.block], [0]), torch.tensor(shrink, device=weight.device)
+    fused.update(table, amounts[:, None].contiguous(), noises, rate, valid, clock(noises[0], weight))
+
+
+def clock(noise: Noise, weight: Tensor) -> Tensor:
+    """The step as the kernels read it."""
+    return torch.tensor(noise.key.step, device=weight.device)
+
+
 def queries(kind: type[Noise], key: Key, count: int) -> list[Noise]:
     """Noises of consecutive queries."""
     return [kind(Key(key.seed, key.block, key.step, key.query + q)) for q in range(count)]
@@ -37,23 +56,22 @@ def queries(kind: type[Noise], key: Key, count: int) -> list[Noise]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [1, 1023, 2053])
 def test_materialise_has_the_same_bits(kind: type[Noise], dtype: torch.dtype, numel: int) -> None:
-    fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
     w = weights(numel, dtype)
     for key in KEYS:
         for amount in (1e-3, -0.37):
             noise, factor = kind(key), torch.tensor(amount)
-            out = fused.materialise(w.to(DEVICE), factor.to(DEVICE), noise)
+            out = fused_materialise(w.to(DEVICE), factor.to(DEVICE), noise)
             assert out.dtype == dtype
-            assert bits(out) == bits(plain.materialise(w, factor, noise))
+            assert bits(out) == bits(plain.materialise(w, factor, noise)[0])
 
 
 def test_materialise_of_a_transposed_weight() -> None:
     """Elements are counted in the tensor's logical order, whatever its strides."""
-    fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
     w, noise, amount = torch.randn(17, 9).t(), GaussianNoise(KEYS[0]), torch.tensor(0.1)
-    expected = plain.materialise(w.contiguous(), amount, noise)
+    expected = kernels.materialise(w.contiguous(), amount, noise)
     assert expected.shape == w.shape
-    for out in (plain.materialise(w, amount, noise), fused.materialise(w.to(DEVICE), amount.to(DEVICE), noise)):
+    for device in ("cpu", DEVICE):
+        out = kernels.materialise(w.to(device), amount.to(device), noise)
         assert out.is_contiguous()
         assert bits(out) == bits(expected)
 
@@ -62,33 +80,30 @@ def test_materialise_of_a_transposed_weight() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("numel", "count", "shrink"), [(1, 1, 0.0), (1023, 3, 0.0), (2053, 1, 0.1), (1027, 2, 1e-9)])
 def test_update_has_the_same_bits(kind: type[Noise], dtype: torch.dtype, numel: int, count: int, shrink: float) -> None:
-    fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
     for key in KEYS[1:]:
         for scale in (1e-5, 0.3):
             one = weights(numel, dtype)
             two, amounts, noises = one.clone().to(DEVICE), torch.randn(count) * scale, queries(kind, key, count)
-            plain.update(one, amounts, noises, shrink, torch.tensor(True))
-            fused.update(two, amounts.to(DEVICE), noises, shrink, torch.tensor(True, device=DEVICE))
+            plain.update(one, amounts, noises, torch.tensor(shrink), torch.tensor(True))
+            fused_update(two, amounts.to(DEVICE), noises, shrink, torch.tensor(True, device=DEVICE))
             assert bits(one) == bits(two)
 
 
 def test_update_reads_strided_amounts_and_any_first_query() -> None:
     """The amounts are a column of ``[queries, blocks]``, and queries need not begin at 0."""
-    fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
     key = Key(3, 5, 1, query=6)
     one, amounts, noises = torch.randn(130).bfloat16(), torch.randn(3, 4)[:, 2], queries(GaussianNoise, key, 3)
     two = one.clone().to(DEVICE)
-    plain.update(one, amounts, noises, 0.0, torch.tensor(True))
-    fused.update(two, amounts.to(DEVICE), noises, 0.0, torch.tensor(True, device=DEVICE))
+    plain.update(one, amounts, noises, torch.tensor(0.0), torch.tensor(True))
+    fused_update(two, amounts.to(DEVICE), noises, 0.0, torch.tensor(True, device=DEVICE))
     assert bits(one) == bits(two)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_invalid_step_leaves_the_bits(dtype: torch.dtype) -> None:
     """Also where the amounts are not finite."""
-    fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
     w, amounts, noises = weights(515, dtype), torch.tensor([float("nan"), 1.0]), queries(GaussianNoise, KEYS[1], 2)
-    for update, device in ((plain.update, "cpu"), (fused.update, DEVICE)):
+    for update, device in ((kernels.update, "cpu"), (fused_update, DEVICE)):
         moved = w.clone().to(device)
         update(moved, amounts.to(device), noises, 0.5, torch.tensor(False, device=device))
         assert bits(moved) == bits(w)
@@ -102,10 +117,10 @@ def test_plain_passes_follow_the_description(kind: type[Noise]) -> None:
     key = Key(11, block_id(name), 4)
     w = np.random.default_rng(0).standard_normal(count).astype(np.float32)
     z0, z1 = draw(11, name, 4, 0, count), draw(11, name, 4, 1, count)
-    out = plain.materialise(torch.from_numpy(w), torch.tensor(0.25), kind(key))
+    out = kernels.materialise(torch.from_numpy(w), torch.tensor(0.25), kind(key))
     assert np.array_equal(out.numpy(), w + z0 * np.float32(0.25))
     moved = torch.from_numpy(w.copy())
-    plain.update(moved, torch.tensor([0.5, -2.0]), queries(kind, key, 2), 0.25, torch.tensor(True))
+    kernels.update(moved, torch.tensor([0.5, -2.0]), queries(kind, key, 2), 0.25, torch.tensor(True))
     assert np.array_equal(moved.numpy(), w + ((z0 * np.float32(0.5) + z1 * np.float32(-2)) - w * np.float32(0.25)))
 
 

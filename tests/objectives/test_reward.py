@@ -211,11 +211,11 @@ class TestHeldProbes:
 
     def test_an_interrupt_while_weights_are_swapped_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ctrl-C between two blocks."""
-        from zolightning import kernels
+        from zolightning.kernels import plain
 
         model = tiny("llama")
         space = zl.DenseSpace(model)
-        before, real, count = state_bits(model), kernels.materialise, [0]
+        before, real, count = state_bits(model), plain.materialise, [0]
 
         def interrupted(*arguments: Any) -> Any:
             count[0] += 1
@@ -223,7 +223,7 @@ class TestHeldProbes:
                 raise KeyboardInterrupt
             return real(*arguments)
 
-        monkeypatch.setattr(kernels, "materialise", interrupted)
+        monkeypatch.setattr(plain, "materialise", interrupted)
         with pytest.raises(KeyboardInterrupt), space.probe(direction(space), 0.1, hold=True):
             pytest.fail("the probe must not start")
         assert count == [5]

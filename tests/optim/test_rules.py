@@ -16,7 +16,7 @@ def test_common(rule: Rule) -> None:
 
 
 def test_sgd_by_hand() -> None:
-    weights, shrink = SGD(weight_decay=0.5).move(torch.tensor([2.0, -4.0]), lr=0.25)
+    weights, shrink = SGD(weight_decay=0.5).move(torch.tensor([2.0, -4.0]), torch.tensor(0.25))
     assert torch.equal(weights, torch.tensor([-0.5, 1.0]))
     assert shrink == 0.125
 
@@ -28,17 +28,17 @@ def test_negative_weight_decay(weight_decay: float) -> None:
 
 
 class Uphill(SGD):
-    def move(self, coefficients: Tensor, lr: float) -> Move:
+    def move(self, coefficients: Tensor, lr: Tensor) -> Move:
         return Move(coefficients * lr, 0.0)
 
 
 class Growing(SGD):
-    def move(self, coefficients: Tensor, lr: float) -> Move:
+    def move(self, coefficients: Tensor, lr: Tensor) -> Move:
         return super().move(coefficients, lr)._replace(shrink=-lr)
 
 
 class InPlace(SGD):
-    def move(self, coefficients: Tensor, lr: float) -> Move:
+    def move(self, coefficients: Tensor, lr: Tensor) -> Move:
         return Move(coefficients.mul_(-lr), 0.0)
 
 

@@ -53,11 +53,10 @@ class RunReport(Callback):
         space, forwards = module.space, module.forwards_per_step
         steps = max(trainer.max_steps - trainer.global_step, 0) if trainer.max_steps > 0 else 0
         weights = sum(p.numel() * p.element_size() for p in module.language_model.parameters())
-        largest = max(block.numel * block.tensor.element_size() for block in space.blocks)
-        held = sum(block.numel * block.tensor.element_size() for block in space.blocks)
         hold = module.batch_objective().several_forwards
+        scratch = space.scratch(copies=1 if hold or module.device.type == "cpu" else 2, hold=hold)
         seconds, activations = self._time_forward(module)
-        dtype, scratch = str(space.blocks[0].dtype).removeprefix("torch."), held if hold else largest
+        dtype = str(space.blocks[0].dtype).removeprefix("torch.")
         lines = [
             f"moves        {len(space.blocks)} blocks, {space.numel:,} parameters, {dtype}",
             f"costs        {forwards} forwards a step, {steps:,} steps to go" + (f", {forwards * steps:,} forwards" if steps else ""),

@@ -1,4 +1,8 @@
-"""The two passes over the weights as Triton kernels: one read and one write, noise drawn in registers."""
+"""The passes over the weights as Triton kernels: noise drawn in registers, many tensors in one launch, nothing read from the host.
+
+A :class:`Table` holds on the device where the tensors lie. The step is read from the device too, so that a captured CUDA graph
+draws new noise at every replay.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,14 @@ from torch import Tensor
 
 from zolightning.kernels.noise import draw, rounding_bits
 from zolightning.kernels.rounding import HALF_TINY
-from zolightning.noise import Key, Noise
+from zolightning.noise import Noise
 
 _HALF_TINY = tl.constexpr(HALF_TINY)
-_OCTETS = 128  # one octet (8 elements) a thread of a 4-warp program
-_SCALARS = ["k0", "k1", "block", "step", "query", "queries", "numel", "shrink"]  # values that change must not recompile
+_OCTETS = 256  # octets (8 elements) of a program
+_WARPS = 8
+_SCALARS = ["k0", "k1", "query", "queries", "slot", "block"]  # values that change must not recompile
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_POINTER, _NUMEL, _ID, _SLOT, _OFFSET, _PROGRAM, _COLUMNS = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit
@@ -37,11 +44,11 @@ def _stochastic_round(value, bits, HALF: tl.constexpr):
 
 
 @triton.jit
-def _nearest(value, BF16: tl.constexpr):
-    if BF16:  # spelled out: the interpreter's own conversion truncates
+def _nearest(value, TYPE: tl.constexpr):
+    if tl.bfloat16 == TYPE:  # spelled out: the interpreter's own conversion truncates
         raw = value.to(tl.uint32, bitcast=True)
         value = ((raw + 0x7FFF + ((raw >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return value
+    return value.to(TYPE)
 
 
 @triton.jit
@@ -49,70 +56,206 @@ def _u32(value):
     return value.to(tl.int64).to(tl.uint32)
 
 
+@triton.jit
+def _place(rows, segments, OCTETS: tl.constexpr):
+    """The row of the table that this program works on, its first octet, and how many elements are left from there."""
+    row = rows + tl.load(segments + tl.program_id(0)) * _COLUMNS
+    first = (tl.program_id(0) - tl.load(row + _PROGRAM)) * OCTETS
+    return row, first, tl.minimum(tl.load(row + _NUMEL) - first * 8, OCTETS * 8).to(tl.int32)
+
+
+@triton.jit
+def _pointer(row, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row + _POINTER).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + first * 8
+
+
+@triton.jit
+def _load(pointer, left, OCTETS: tl.constexpr):
+    """Whole octets as vectors; what is left of the last one element by element."""
+    at, whole = tl.arange(0, OCTETS * 8), left // 8 * 8
+    w = tl.load(pointer + at, mask=at < whole, other=0.0)
+    if whole != left:
+        w = tl.where(at < whole, w, tl.load(pointer + at, mask=(at >= whole) & (at < left), other=0.0))
+    return w.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, left, value, OCTETS: tl.constexpr):
+    at, whole = tl.arange(0, OCTETS * 8), left // 8 * 8
+    tl.store(pointer + at, value, mask=at < whole)
+    if whole != left:
+        tl.store(pointer + at, value, mask=(at >= whole) & (at < left))
+
+
 @triton.jit(do_not_specialize=_SCALARS)
 def _materialise(
-    out, weight, amount, k0, k1, block, step, query, numel,
-    GAUSSIAN: tl.constexpr, BF16: tl.constexpr, OCTETS: tl.constexpr,
+    out, rows, segments, amounts, clock, k0, k1, query,
+    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
-    octet = tl.program_id(0) * OCTETS + tl.arange(0, OCTETS)
-    at = tl.program_id(0).to(tl.int64) * (OCTETS * 8) + tl.arange(0, OCTETS * 8)
-    z = draw(_u32(k0), _u32(k1), octet.to(tl.uint32), _u32(block), _u32(step), _u32(query), GAUSSIAN)
-    w = tl.load(weight + at, mask=at < numel).to(tl.float32)
-    w = _nearest(w + z * tl.load(amount), BF16)
-    tl.store(out + at, w.to(out.dtype.element_ty), mask=at < numel)
+    row, first, left = _place(rows, segments, OCTETS)
+    octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
+    w = _load(_pointer(row, first, TYPE, ALIGNED), left, OCTETS)
+    z = draw(_u32(k0), _u32(k1), octet, _u32(tl.load(row + _ID)), _u32(tl.load(clock)), _u32(query), GAUSSIAN)
+    u = z * tl.load(amounts + tl.load(row + _SLOT))
+    target = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
+    _store(target, left, _nearest(w + u, TYPE), OCTETS)
+    if COPIES == 2:
+        _store(target + (tl.load(row + _NUMEL) + 7) // 8 * 8, left, _nearest(w - u, TYPE), OCTETS)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _update(
-    weight, amounts, stride, valid, shrink, k0, k1, block, step, query, queries, numel,
-    GAUSSIAN: tl.constexpr, ROUND: tl.constexpr, HALF: tl.constexpr, OCTETS: tl.constexpr,
+    rows, segments, amounts, stride, valid, shrink, clock, k0, k1, query, queries,
+    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     if tl.load(valid):
-        octet = (tl.program_id(0) * OCTETS + tl.arange(0, OCTETS)).to(tl.uint32)
-        at = tl.program_id(0).to(tl.int64) * (OCTETS * 8) + tl.arange(0, OCTETS * 8)
+        row, first, left = _place(rows, segments, OCTETS)
+        block, step, slot = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), tl.load(row + _SLOT)
+        octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
+        weight = _pointer(row, first, TYPE, ALIGNED)
+        w = _load(weight, left, OCTETS)
         total = tl.zeros([OCTETS * 8], tl.float32)
         for q in range(queries):
-            z = draw(_u32(k0), _u32(k1), octet, _u32(block), _u32(step), _u32(query + q), GAUSSIAN)
-            total = total + z * tl.load(amounts + q * stride)
-        w = tl.load(weight + at, mask=at < numel).to(tl.float32)
-        w = w + (total - w * shrink)
-        if ROUND:
-            w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, _u32(block), _u32(step), _u32(query)), HALF)
-        tl.store(weight + at, w.to(weight.dtype.element_ty), mask=at < numel)
+            z = draw(_u32(k0), _u32(k1), octet, block, step, _u32(query + q), GAUSSIAN)
+            total = total + z * tl.load(amounts + q * stride + slot)
+        w = w + (total - w * tl.load(shrink))
+        if tl.float32 != TYPE:
+            bits = rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(query))
+            w = _stochastic_round(w, bits, tl.float16 == TYPE)
+        _store(weight, left, w.to(TYPE), OCTETS)
 
 
-def _grid(numel: int) -> tuple[int]:
-    return (triton.cdiv(numel, _OCTETS * 8),)
+@triton.jit(do_not_specialize=_SCALARS)
+def _rows(
+    out, weight, ids, amounts, clock, slot, block, k0, k1, query, half, width,
+    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    start = tl.load(ids + place) * width
+    octet = start // 8 + tl.program_id(1) * OCTETS + tl.arange(0, OCTETS)
+    at = (start // 8 + tl.program_id(1) * OCTETS) * 8 + tl.arange(0, OCTETS * 8)
+    mine = (at >= start) & (at < start + width)
+    z = draw(_u32(k0), _u32(k1), octet.to(tl.uint32), _u32(block), _u32(tl.load(clock)), _u32(query), GAUSSIAN)
+    u = z * tl.load(amounts + slot)
+    if place >= half:
+        u = -u
+    w = tl.load(weight + at, mask=mine).to(tl.float32)
+    tl.store(out + place * width + (at - start), _nearest(w + u, TYPE), mask=mine)
 
 
-def _on(weight: Tensor) -> AbstractContextManager[Any]:
+class Table:
+    """Where some tensors of one device and type lie, for the kernels.
+
+    Args:
+        tensors: Contiguous; they must stay where they are.
+        ids: 32-bit block id of each.
+        slots: Place of each in the array of amounts.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], ids: Sequence[int], slots: Sequence[int]) -> None:
+        self.tensors = tuple(tensors)
+        self.device, self.dtype = tensors[0].device, tensors[0].dtype
+        self.addresses = [t.data_ptr() for t in tensors]
+        self.aligned = all(address % 16 == 0 for address in self.addresses)
+        sizes = torch.tensor([t.numel() for t in tensors])
+        programs, octets = -(-sizes // (_OCTETS * 8)), -(-sizes // 8)
+        self.programs = int(programs.sum())
+        #: Octets of each tensor, the last one filled up; those of all.
+        self.octets, self.length = octets.tolist(), int(octets.sum())
+        columns = [torch.tensor(self.addresses), sizes, torch.tensor(ids), torch.tensor(slots), octets.cumsum(0) - octets]
+        self.rows = torch.stack([*columns, programs.cumsum(0) - programs], dim=1).to(self.device)
+        #: Row of the table for each program.
+        self.segments = torch.repeat_interleave(torch.arange(len(tensors), dtype=torch.int32), programs).to(self.device)
+
+    def still_there(self) -> bool:
+        """Whether the tensors are where the table says."""
+        return [t.data_ptr() for t in self.tensors] == self.addresses
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the weights'."""
-    return torch.cuda.device(weight.device) if weight.is_cuda else nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _key(key: Key) -> tuple[int, int, int, int, int]:
-    """The key as signed 32-bit integers: an argument that changes its width would compile the kernel again."""
-    words = (key.seed & 0xFFFFFFFF, key.seed >> 32, key.block, key.step, key.query)
-    return tuple(word - (1 << 32) if word >> 31 else word for word in words)  # type: ignore[return-value]
+def _signed(*words: int) -> tuple[int, ...]:
+    """Words as signed 32-bit integers: an argument that changes its width would compile the kernel again."""
+    return tuple(word - (1 << 32) if word >> 31 else word for word in words)
 
 
-def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
-    """Triton form of :func:`zolightning.kernels.materialise`."""
-    weight = weight.contiguous()
-    out = torch.empty_like(weight)
-    with _on(weight):
-        _materialise[_grid(weight.numel())](
-            out, weight, amount, *_key(noise.key), weight.numel(),
-            GAUSSIAN=noise.fused == "gaussian", BF16=weight.dtype == torch.bfloat16, OCTETS=_OCTETS, enable_fp_fusion=False,
+def _key(noise: Noise) -> tuple[int, ...]:
+    return _signed(noise.key.seed & 0xFFFFFFFF, noise.key.seed >> 32, noise.key.query)
+
+
+def materialise(table: Table, amounts: Tensor, noise: Noise, clock: Tensor, copies: int) -> list[Tensor]:
+    """``W + a z`` of every tensor of a table, and with two copies ``W - a z`` behind it.
+
+    Args:
+        table: The tensors.
+        amounts: float32; the table's slots point into it.
+        noise: One of the tensors' noises: they differ by block alone.
+        clock: The step: 0-d int64.
+        copies: 1 or 2.
+
+    Returns:
+        New tensors of shape ``[copies, *shape]``, views of one allocation.
+    """
+    out = torch.empty(table.length * 8 * copies, dtype=table.dtype, device=table.device)
+    with _on(table.device):
+        _materialise[(table.programs,)](
+            out, table.rows, table.segments, amounts, clock, *_key(noise), GAUSSIAN=noise.fused == "gaussian",
+            TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, COPIES=copies, OCTETS=_OCTETS, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    views, start = [], 0
+    for tensor, octets in zip(table.tensors, table.octets, strict=True):
+        part = out[start : start + copies * octets * 8].view(copies, octets * 8)[:, : tensor.numel()]
+        views.append(part.unflatten(1, tensor.shape) if tensor.dim() else part[:, 0])
+        start += copies * octets * 8
+    return views
+
+
+def update(table: Table, amounts: Tensor, noises: Sequence[Noise], shrink: Tensor, valid: Tensor, clock: Tensor) -> None:
+    """The step of every tensor of a table, in place.
+
+    Args:
+        table: The tensors.
+        amounts: float32, ``[queries, slots]``, rows contiguous.
+        noises: One tensor's noise in each query; the queries are consecutive.
+        shrink: Rate of weight decay: 0-d float32.
+        valid: 0-d bool; false leaves everything as it is.
+        clock: The step: 0-d int64.
+    """
+    with _on(table.device):
+        _update[(table.programs,)](
+            table.rows, table.segments, amounts, amounts.stride(0), valid, shrink, clock, *_key(noises[0]), len(noises),
+            GAUSSIAN=noises[0].fused == "gaussian", TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, OCTETS=_OCTETS,
+            num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, clock: Tensor, copies: int) -> Tensor:
+    """Rows of ``W + a z``; with two copies the second half of ``ids`` takes rows of ``W - a z``.
+
+    Args:
+        weight: ``[N, H]``, contiguous.
+        ids: int64, any shape; with two copies an even number of entries along the first dimension.
+        amounts: float32; ``slot`` points into it.
+        slot: Place of the weight's amount.
+        noise: The weight's noise.
+        clock: The step: 0-d int64.
+        copies: 1 or 2.
+
+    Returns:
+        ``[*ids.shape, H]``.
+    """
+    ids, width = ids.contiguous(), weight.shape[1]
+    out = torch.empty(*ids.shape, width, dtype=weight.dtype, device=weight.device)
+    octets = min(triton.next_power_of_2(width // 8 + 2), _OCTETS)
+    with _on(weight.device):
+        _rows[(ids.numel(), triton.cdiv(width // 8 + 2, octets))](
+            out, weight, ids, amounts, clock, slot, *_signed(noise.key.block), *_key(noise), ids.numel() // copies, width,
+            GAUSSIAN=noise.fused == "gaussian", TYPE=_TYPES[weight.dtype], OCTETS=octets, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
-
-
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], shrink: float, valid: Tensor) -> None:
-    """Triton form of :func:`zolightning.kernels.update`; the queries must be consecutive."""
-    with _on(weight):
-        _update[_grid(weight.numel())](
-            weight, amounts, amounts.stride(0), valid, shrink, *_key(noises[0].key), len(noises), weight.numel(),
-            GAUSSIAN=noises[0].fused == "gaussian", ROUND=weight.dtype != torch.float32, HALF=weight.dtype == torch.float16,
-            OCTETS=_OCTETS, enable_fp_fusion=False,
-        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The two passes over the weights in plain torch: any device, any dtype, any noise. The Triton forms have the same bits."""
+"""The passes over the weights in plain torch: any device, any dtype, any noise. The Triton forms have the same bits."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
-    """``weight + amount * z`` as a new tensor; see :func:`zolightning.kernels.materialise`."""
-    out, compute = torch.empty_like(weight, memory_format=torch.contiguous_format), compute_dtype(weight.dtype)
-    flat, source = out.view(-1), weight.reshape(-1)
+def materialise(weight: Tensor, amount: Tensor, noise: Noise, copies: int = 1) -> Tensor:
+    """``W + a z``, and with two copies ``W - a z`` behind it: a new tensor ``[copies, *shape]``."""
+    out = torch.empty(copies, *weight.shape, dtype=weight.dtype, device=weight.device)
+    flat, source, compute = out.view(copies, -1), weight.reshape(-1), compute_dtype(weight.dtype)
     for start, stop, z in noise.chunks(weight.numel(), weight.device):
-        flat[start:stop] = source[start:stop].to(compute) + z.to(compute) * amount
+        base, shift = source[start:stop].to(compute), z.to(compute) * amount
+        flat[0, start:stop] = base + shift
+        if copies == 2:
+            flat[1, start:stop] = base - shift
     return out
 
 
-def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], shrink: float, valid: Tensor) -> None:
+def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], shrink: Tensor, valid: Tensor) -> None:
     """``weight <- weight + (sum_q amounts[q] * z_q - shrink * weight)`` in place; see :func:`zolightning.kernels.update`."""
     if weight.device.type == "cpu" and not bool(valid):
         return

@@ -132,6 +132,8 @@ class ZOFinetuneModule(ZOModule):
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
         optimizer = self.zo_optimizer
+        if optimizer.steps % self.trainer.log_every_n_steps and optimizer.steps != self.trainer.max_steps:  # type: ignore[attr-defined]
+            return loss  # to log is to wait for the device
         assert optimizer.coefficients is not None
         self.log("step", float(optimizer.steps))  # Lightning's own count of batches is one behind here
         self.log("train/loss", loss)

@@ -37,6 +37,8 @@ class Objective(ABC):
 
     #: Whether one loss takes several forwards (generation), so that a probe must hold its perturbed weights.
     several_forwards: bool = False
+    #: Whether a CUDA graph may replay the loss: it depends on the batch's tensors alone, and nothing in it looks at their values.
+    capturable: bool = False
     #: Whether the loss compares the candidates of a row, so that training batches hold all of them, not the right one alone.
     compares: bool = False
 
@@ -74,6 +76,10 @@ class BoundObjective:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1")
         self.objective, self.model, self.batch, self.micro_batch_size = objective, model, batch, micro_batch_size
+
+    def to(self, batch: Batch) -> BoundObjective:
+        """The same objective on another batch."""
+        return BoundObjective(self.objective, self.model, batch, self.micro_batch_size)
 
     @property
     def hold(self) -> bool:

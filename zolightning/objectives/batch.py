@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Batch = Mapping[str, Any]
 
@@ -33,14 +34,56 @@ def split(batch: Batch, micro_batch_size: int | None) -> Iterator[Batch]:
         part = dict(batch)
         rows = slice(start, stop)
         if "example" in batch:
-            low, high = (torch.searchsorted(batch["example"], edge).item() for edge in (start, stop))
-            rows = slice(int(low), int(high))
+            low, high = _sequences(batch, start), _sequences(batch, stop)
+            rows = slice(low, high)
         for key in per_example:
             sequences = "example" in batch and key in SEQUENCE_KEYS
             part[key] = batch[key][rows if sequences or "example" not in batch else slice(start, stop)]
         if "example" in batch:
             part["example"] = part["example"] - start
         yield part
+
+
+def _sequences(batch: Batch, examples: int) -> int:
+    """How many sequences the first examples have; without a look at the device where all have the same number."""
+    sequences, whole = batch["example"].shape[0], size(batch)
+    if sequences == whole or sequences == whole * batch.get("num_choices", 0):
+        return examples * sequences // whole
+    return int(torch.searchsorted(batch["example"], examples))
+
+
+def bucket(batch: Batch) -> Batch:
+    """Pad sequences on the left to one of few widths, so that few shapes occur.
+
+    Widths are multiples of an eighth of the next power of two, at least of 16; ``max_scored`` becomes a power of two.
+    """
+    width = batch["input_ids"].shape[1]
+    unit = max(16, _power_of_two(width) // 8)
+    more = -width % unit
+    out = dict(batch)
+    for name in ("input_ids", "attention_mask"):
+        if name in batch:
+            out[name] = F.pad(batch[name], (more, 0))
+    if "max_scored" in batch:
+        out["max_scored"] = min(_power_of_two(batch["max_scored"]), width + more - 1)
+    return out
+
+
+def with_padding(batch: Batch) -> Batch:
+    """The batch with one token hidden, for rehearsals.
+
+    A model that looks whether all tokens are visible then takes the way that it takes in a CUDA graph, where it cannot look.
+    """
+    if "attention_mask" not in batch:
+        return batch
+    mask = batch["attention_mask"].clone()
+    mask[:1, :1].zero_()
+    return {**batch, "attention_mask": mask}
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below it."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 #: Tensors with one entry per sequence; the others have one per example.

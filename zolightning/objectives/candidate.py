@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch, size
-from zolightning.objectives.forward import last_logits, scored_log_probs, wide
+from zolightning.objectives.forward import candidate_logits, scored_log_probs, wide
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
@@ -24,7 +24,7 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
         ``[B, K]``, float32 or wider; minus infinity where an example has fewer candidates than ``K``.
     """
     if "candidates" in batch:
-        return wide(last_logits(model, batch, 1)[:, -1].gather(1, batch["candidates"]))
+        return wide(candidate_logits(model, batch))
     log_prob, length = scored_log_probs(model, batch)
     return spread(log_prob / length, batch, float("-inf"))
 
@@ -54,6 +54,7 @@ class CandidateCrossEntropy(Objective):
     """
 
     compares = True
+    capturable = True
 
     def __init__(self, calibrate: bool = False) -> None:
         self.calibrate = calibrate

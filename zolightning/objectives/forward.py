@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zolightning.objectives.batch import Batch
 
@@ -15,6 +16,11 @@ from zolightning.objectives.batch import Batch
 @lru_cache(maxsize=64)
 def _accepts(forward: Any) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
+
+
+def _inner(model: Any) -> Any:
+    """The model itself inside a peft model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def last_logits(model: nn.Module, batch: Batch, positions: int) -> Tensor:
@@ -29,8 +35,7 @@ def last_logits(model: nn.Module, batch: Batch, positions: int) -> Tensor:
         ``[R, positions, V]``, in the type that the model computes.
     """
     mask = batch["attention_mask"]
-    base: Any = getattr(model, "get_base_model", None)  # peft's own signature hides the model's
-    inner = base() if base is not None else model
+    inner = _inner(model)  # peft's own signature hides the model's
     accepted = _accepts(type(inner).forward)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if "position_ids" in accepted:
@@ -39,6 +44,30 @@ def last_logits(model: nn.Module, batch: Batch, positions: int) -> Tensor:
         options["logits_to_keep"] = positions
     logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=mask, **options).logits
     return logits[:, -positions:]
+
+
+def candidate_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of ``candidates`` (``[R, K]``) at the last position; the model's head computes these alone where it is a plain matrix.
+
+    What the model does with logits after its head (soft caps, scalings) is done to them too.
+
+    Returns:
+        ``[R, K]``, in the type that the model computes.
+    """
+    inner = _inner(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    candidates = batch["candidates"]
+    if type(head) is not nn.Linear or head.bias is not None:
+        return last_logits(model, batch, 1)[:, -1].gather(1, candidates)
+
+    def rows_of_the_head(hidden: Tensor) -> Tensor:
+        return hidden @ F.embedding(candidates, head.weight).mT
+
+    head.__dict__["forward"] = rows_of_the_head
+    try:
+        return last_logits(model, batch, 1)[:, -1]
+    finally:
+        del head.__dict__["forward"]
 
 
 def wide(logits: Tensor) -> Tensor:

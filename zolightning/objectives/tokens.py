@@ -18,6 +18,8 @@ class TokenCrossEntropy(Objective):
         >>> loss = TokenCrossEntropy().on(model, batch)()
     """
 
+    capturable = True
+
     def rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         log_prob, length = scored_log_probs(model, batch)
         return -log_prob, length

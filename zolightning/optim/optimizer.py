@@ -5,30 +5,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zolightning.estimators.base import Estimator
 from zolightning.estimators.two_point import TwoPoint
-from zolightning.objectives.base import total
+from zolightning.objectives.base import BoundObjective
+from zolightning.optim.graphs import StepGraphs
+from zolightning.optim.probing import Form, choose_form, loss_of, probe_losses
 from zolightning.optim.rules import SGD, Rule
-from zolightning.samplers.base import Sampler
+from zolightning.optim.skips import SkippedSteps
+from zolightning.samplers.base import Direction, Sampler
 from zolightning.samplers.gaussian import GaussianSampler
 from zolightning.spaces.base import SetupReport, Space
 from zolightning.spaces.interrupts import uninterrupted
 
 log = logging.getLogger("zolightning")
-
-_LOOK_EVERY = 32  # steps between two looks at the device's count of skipped steps
-
-
-class Rows(Protocol):
-    """Per-row losses: the second form of a closure."""
-
-    def __call__(self, copies: int) -> tuple[Tensor, Tensor]: ...
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -54,6 +50,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: Seed of all directions, 0 to 2**64 - 1.
         rule: Update rule; ``None``: :class:`SGD` without weight decay.
         max_skipped: Stop with an error after about this many non-finite steps in a row.
+        pair: Evaluate both signs of a probe in one forward of twice the rows, so that weights and noise are made once;
+            ``None``: on a GPU, if a comparison before the first step finds the same row losses.
+        capture: Replay steps as CUDA graphs; ``None``: on a GPU, if nothing in the step waits for the device.
+        compile: Run repeated layers of up to 128 MiB through ``torch.compile``; ``None``: where steps are captured. The first step
+            then takes up to half a minute longer.
 
     Raises:
         ValueError: An argument is out of range.
@@ -77,6 +78,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         rule: Rule | None = None,
         max_skipped: int = 64,
+        pair: bool | None = None,
+        capture: bool | None = None,
+        compile: bool | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps)):
             if not (value > 0 and math.isfinite(value)):
@@ -93,12 +97,18 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.sampler.bind(space)
         #: What the set-up probe found; ``None`` before the first step.
         self.setup_report: SetupReport | None = None
-        #: Coefficients of the latest step: shape ``[queries]``, on the device.
+        #: Probe losses and coefficients of the latest step: shapes ``[probes]`` and ``[queries]``, on the device.
+        self.losses: Tensor | None = None
         self.coefficients: Tensor | None = None
-        defaults = {"lr": lr, "base_lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0}
+        self._wanted = {"pair": pair, "capture": capture, "compile": compile}  # in the order of Form
+        defaults = {"lr": lr, "base_lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0, "form": None}
         super().__init__([block.tensor for block in space.blocks], defaults)
-        zero = torch.zeros((), dtype=torch.int64, device=space.device)
-        self.state["skipped"] = {"total": zero, "in_a_row": zero.clone()}  # type: ignore[index]
+        # What a captured step reads and writes on the device; load_state_dict() writes into the same tensors.
+        self._lr = torch.full((), lr, dtype=space.compute_dtype, device=space.device)
+        self._clock = torch.zeros((), dtype=torch.int64, device=space.device)
+        self._on_device = (lr, 0)  # what these two hold
+        self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
+        self._graphs = StepGraphs(self._compute)
 
     @property
     def forwards(self) -> int:
@@ -113,7 +123,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     @property
     def skipped(self) -> int:
         """Steps skipped because a loss was not finite (waits for the device)."""
-        return int(self.state["skipped"]["total"])  # type: ignore[index]
+        return int(self._skipped.counts[0])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the space decides what moves.
@@ -143,36 +153,92 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         group = self.param_groups[0]
         bound = bound if bound is not None else closure
-        rows: Rows | None = getattr(bound, "rows", None)
-        hold = bool(getattr(bound, "hold", False))
-        evaluate = (lambda: total(*rows(1))[0]) if rows is not None else closure
-        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries)
+        work: Callable[[], Any] = bound if hasattr(bound, "rows") else closure
+        self._set_clock(group["lr"], group["step"])
+        self.sampler.refresh(group["step"])
         with exact_float32():
             if self.setup_report is None:
-                self.setup_report = self._set_up(lambda: self._loss(evaluate), directions[0], group["eps"], hold)
-            losses = []
-            for probe in self.estimator.probes:
-                with self.space.probe(directions[probe.query], probe.sign * group["eps"], hold):
-                    losses.append(self._loss(evaluate))
-        stacked = torch.stack(losses)
-        valid = torch.isfinite(stacked).all()
-        self.coefficients = self.estimator.coefficients(stacked, group["eps"])
-        weights, shrink = self.rule.move(self.coefficients, group["lr"])
+                self._set_up(work, group["eps"])
+            with uninterrupted() if self._form.captured else nullcontext():
+                if self._form.captured and isinstance(work, BoundObjective) and not work.hold:
+                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"]))
+                    self._count_step()
+                else:
+                    self.losses, self.coefficients = self._compute(work, True)
+        self._stop_if_hopeless()
+        return self.losses.mean()
+
+    def _compute(self, work: Callable[[], Any], live: bool) -> tuple[Tensor, Tensor]:
+        """The step on the device: losses and coefficients. Nothing in it waits, unless the closure does."""
+        group = self.param_groups[0]
+        form = self._form if isinstance(work, BoundObjective) else Form()
+        hold = bool(getattr(work, "hold", False))
+        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        losses = probe_losses(self.space, self.estimator.probes, directions, group["eps"], work, form, hold)
+        valid = torch.isfinite(losses).all() & live
+        coefficients = self.estimator.coefficients(losses, group["eps"])
+        weights, shrink = self.rule.move(coefficients, self._lr)
+        if not live:
+            self.space.move(directions, weights, shrink, valid)
+            return losses, coefficients
         with uninterrupted():  # the weights and their step counter move together
             self.space.move(directions, weights, shrink, valid)
-            group["step"] += 1
-            group["forwards"] += len(losses)
-        self._count_skipped(valid)
-        return stacked.mean()
+            self.sampler.observe(losses)
+            self._skipped.count(valid)
+            self._clock.add_(1)
+            if not form.captured:
+                self._count_step()
+        return losses, coefficients
 
-    def _loss(self, evaluate: Callable[[], Any]) -> Tensor:
-        loss = torch.as_tensor(evaluate(), dtype=self.space.compute_dtype, device=self.space.device)
-        if loss.dim() != 0:
-            raise ValueError(f"the closure must return a 0-d loss, got shape {tuple(loss.shape)}")
-        return loss
+    def _count_step(self) -> None:
+        group = self.param_groups[0]
+        group["step"] += 1
+        group["forwards"] += len(self.estimator.probes)
+        self._on_device = (self._on_device[0], group["step"])
 
-    def _set_up(self, evaluate: Callable[[], Tensor], direction: Any, eps: float, hold: bool) -> SetupReport:
-        report = self.space.verify(evaluate, direction, eps, hold)
+    def _set_clock(self, lr: float, step: int) -> None:
+        """Tell the device the learning rate and the step, where it does not know them already."""
+        if self._on_device != (lr, step):
+            self._lr.fill_(lr)
+            self._clock.fill_(step)
+            self._on_device = (lr, step)
+
+    @property
+    def _form(self) -> Form:
+        """How losses are evaluated: settled before the first step, and kept by a run that is resumed."""
+        form = self.param_groups[0]["form"]
+        return Form(**form) if form else Form()
+
+    def _set_up(self, work: Callable[[], Any], eps: float) -> None:
+        group = self.param_groups[0]
+        direction = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)[0]
+        self.setup_report = self._verify(work, direction, eps)
+        chosen = (self._form.paired, self._form.captured, self._form.compiled)
+        kept = group["form"] is not None and self._form.device == self.space.device.type
+        if not kept or any(want not in (None, choice) for want, choice in zip(self._wanted.values(), chosen, strict=True)):
+            group["form"] = None
+            if isinstance(work, BoundObjective):
+                form = choose_form(self.space, work, direction, eps, self._wanted, lambda form: self._obstacle(work, form))
+                group["form"] = asdict(form)
+
+    def _obstacle(self, bound: BoundObjective, form: Form) -> str:
+        """Why a step in some form cannot be captured; empty: it can."""
+        group = self.param_groups[0]
+        for part in (bound.objective, self.sampler, self.rule):
+            if not part.capturable:
+                return f"{type(part).__name__} does not say that it may be captured"
+        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        if self.space.device.type != "cuda" or not self.space.pack.fusable([[d.noise(b) for b in self.space.blocks] for d in directions]):
+            return "the kernels for it run on a GPU, and know Gaussian and Rademacher noise"
+        group["form"] = asdict(form)
+        try:
+            return "" if self._graphs.rehearse(bound) else "something in the step waits for the device"
+        finally:
+            group["form"] = None
+
+    def _verify(self, work: Callable[[], Any], direction: Direction, eps: float) -> SetupReport:
+        hold = bool(getattr(work, "hold", False))
+        report = self.space.verify(lambda: loss_of(work, self.space), direction, eps, hold)
         if not math.isfinite(report.loss) and self.steps == 0:  # a resumed run skips such a step, as it would have before
             dtype = str(self.space.blocks[0].dtype).removeprefix("torch.")
             raise ValueError(f"the loss at the set-up probe is {report.loss}: the model overflows in {dtype}, or eps={eps:g} is too large")
@@ -182,28 +248,37 @@ class ZOOptimizer(torch.optim.Optimizer):
             log.info("%d blocks barely change at eps=%g, for example %r", len(report.unresolved), eps, report.unresolved[0])
         return report
 
-    def _count_skipped(self, valid: Tensor) -> None:
-        skipped = self.state["skipped"]  # type: ignore[index]
-        missed = (~valid).to(torch.int64)
-        skipped["total"] = skipped["total"] + missed
-        skipped["in_a_row"] = (skipped["in_a_row"] + missed) * missed
-        if self.steps % min(_LOOK_EVERY, self.max_skipped) == 0 and (row := int(skipped["in_a_row"])) >= self.max_skipped:
+    def _stop_if_hopeless(self) -> None:
+        found = self._skipped.too_many(self.steps)
+        if found is not None:
+            row, step = found
             raise RuntimeError(
-                f"{row} steps in a row (to step {self.steps}) gave a loss that is not finite; the weights are those of step "
-                f"{self.steps - row}. Lower lr={self.param_groups[0]['lr']:g} or eps={self.param_groups[0]['eps']:g}, or check the data"
+                f"{row} steps in a row (to step {step}) gave a loss that is not finite; the weights are those of step "
+                f"{step - row}. Lower lr={self.param_groups[0]['lr']:g} or eps={self.param_groups[0]['eps']:g}, or check the data"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, counters, and the sampler's tensors; no noise, no momentum, nothing of the weights' size."""
+        state = super().state_dict()
+        state["state"] = {"skipped": self._skipped.counts.clone(), "sampler": {k: v.clone() for k, v in self.sampler.state().items()}}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state.
 
         Raises:
-            ValueError: The state belongs to another number of blocks.
+            ValueError: The state belongs to another number of blocks, or to another kind of sampler.
         """
-        saved = sum(len(group["params"]) for group in state_dict["param_groups"])
-        if saved != len(self.space.blocks):
-            own = len(self.space.blocks)
+        saved, own = sum(len(group["params"]) for group in state_dict["param_groups"]), len(self.space.blocks)
+        if saved != own:
             raise ValueError(f"the optimizer state is of {saved} blocks, this space has {own}: a checkpoint of another model?")
-        super().load_state_dict(state_dict)
+        state, tensors = state_dict["state"], self.sampler.state()
+        if state["sampler"].keys() != tensors.keys():
+            raise ValueError(f"the optimizer state is of another sampler than {type(self.sampler).__name__}")
+        super().load_state_dict({**state_dict, "state": {}})
+        self._skipped.counts.copy_(state["skipped"])
+        for name, tensor in tensors.items():
+            tensor.copy_(state["sampler"][name])
 
 
 @contextmanager

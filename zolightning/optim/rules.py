@@ -13,23 +13,26 @@ class Move(NamedTuple):
 
     Args:
         weights: The factors ``w_q``: shape ``[queries]``.
-        shrink: The rate ``r`` of weight decay.
+        shrink: The rate ``r`` of weight decay: 0-d.
     """
 
     weights: Tensor
-    shrink: float
+    shrink: Tensor
 
 
 class Rule(ABC):
     """Turns the coefficients of a step into a :class:`Move`."""
 
+    #: Whether a CUDA graph may replay :meth:`move`: it depends on its arguments alone.
+    capturable: bool = False
+
     @abstractmethod
-    def move(self, coefficients: Tensor, lr: float) -> Move:
+    def move(self, coefficients: Tensor, lr: Tensor) -> Move:
         """The step's move.
 
         Args:
             coefficients: One per direction, shape ``[queries]``; ``sum_q c_q u_q`` estimates the gradient.
-            lr: Learning rate.
+            lr: Learning rate: 0-d, on the device. The move is part of a CUDA graph, so it must not wait for its value.
         """
 
 
@@ -45,14 +48,16 @@ class SGD(Rule):
         ValueError: ``weight_decay`` is negative.
 
     Example:
-        >>> SGD().move(torch.tensor([2.0]), lr=0.5)
-        Move(weights=tensor([-1.]), shrink=0.0)
+        >>> SGD().move(torch.tensor([2.0]), lr=torch.tensor(0.5))
+        Move(weights=tensor([-1.]), shrink=tensor(0.))
     """
+
+    capturable = True
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay={weight_decay} must not be negative")
         self.weight_decay = weight_decay
 
-    def move(self, coefficients: Tensor, lr: float) -> Move:
+    def move(self, coefficients: Tensor, lr: Tensor) -> Move:
         return Move(coefficients * -lr, lr * self.weight_decay)

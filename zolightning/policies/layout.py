@@ -20,7 +20,7 @@ _PATTERNS = tuple(
     for kind, pattern in (
         ("norm", r"norm|\bln(_?\w)?\b"),
         ("bias", r"bias$"),
-        ("head", r"\b(lm_head|head|score|classifier|embed_out|output)\b"),
+        ("head", r"\b(lm_head|head|score|classifier|embed_out)\b|^output\b"),
         ("embedding", r"embed|\bw[tp]e\b|\bshared\b"),
         ("qkv", r"qkv|query_key_value|\bc_attn\b|attn.*\bin_proj"),
         ("q", r"\b(w?q|query)(_[ab])?(_proj)?\b"),

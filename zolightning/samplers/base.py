@@ -31,6 +31,8 @@ class Direction:
         step: Optimizer step.
         query: Number of the direction within the step.
         scales: Standard deviation per block: float32, shape ``[blocks]``.
+        clock: The step once more, as the GPU kernels read it: 0-d int64 on the blocks' device. In a captured CUDA graph it is the
+            one that counts; without it the kernels take ``step``.
     """
 
     sampler: Sampler
@@ -38,6 +40,7 @@ class Direction:
     step: int
     query: int
     scales: Tensor
+    clock: Tensor | None = None
 
     def key(self, block: Block) -> Key:
         """Key of the block's streams in this direction."""
@@ -62,6 +65,8 @@ class Sampler(ABC):
 
     #: The constant ``m`` of ``E[z z^T] = m I``; the estimator's mean is then ``m * scales**2 * gradient``.
     second_moment: float = 1.0
+    #: Whether a CUDA graph may replay :meth:`scales` and :meth:`observe`: they depend on tensors alone, and do not look at values.
+    capturable: bool = False
 
     def bind(self, space: HasBlocks) -> None:
         """Attach the sampler to the blocks of a space (called by ``ZOOptimizer``)."""
@@ -75,21 +80,21 @@ class Sampler(ABC):
         """Standard deviation of each block in the coming step: float32, shape ``[blocks]``, on the blocks' device."""
         return torch.ones(len(self.blocks), dtype=torch.float32, device=self.blocks[0].tensor.device)
 
-    def observe(self, losses: Tensor) -> None:  # noqa: B027
-        """Learn from the probe losses of a step; tensors are written in place, with device operations only.
-
-        Args:
-            losses: Shape ``[probes]``, in the order of the estimator's probes. If one is not finite, the state must stay as it is.
-        """
-
-    def refresh(self, step: int) -> None:  # noqa: B027
-        """Get ready for a step; called on the host before each one, never inside a CUDA graph."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The live tensors that a resumed run needs back, by name; restored in place."""
-        return {}
-
-    def directions(self, seed: int, step: int, queries: int) -> tuple[Direction, ...]:
+    def directions(self, seed: int, step: int, queries: int, clock: Tensor | None = None) -> tuple[Direction, ...]:
         """The directions of one step; they share their scales."""
         scales = self.scales()
-        return tuple(Direction(self, seed, step, query, scales) for query in range(queries))
+        return tuple(Direction(self, seed, step, query, scales, clock) for query in range(queries))
+
+    def refresh(self, step: int) -> None:  # noqa: B027
+        """Called before every step; the place for what may look at the host, such as statistics of the weights now and then."""
+
+    def observe(self, losses: Tensor) -> None:  # noqa: B027
+        """Called after the probes of every step, with their losses in the order of the estimator's probes.
+
+        A sampler that learns from them writes its tensors in place. Like :meth:`scales` this may be captured in a CUDA graph: it
+        must not wait for the device, and losses that are not finite must leave the tensors as they are.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that :meth:`observe` and :meth:`refresh` write; they are part of a checkpoint."""
+        return {}

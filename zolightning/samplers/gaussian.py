@@ -17,5 +17,7 @@ class GaussianSampler(Sampler):
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023.
     """
 
+    capturable = True
+
     def noise(self, block: Block, key: Key) -> Noise:
         return GaussianNoise(key)

@@ -40,7 +40,7 @@ class PolicySampler(Sampler):
             raise ValueError(f"match={match!r} must be 'exact' or 'kind'")
         self._unbound = load_policy(policy) if isinstance(policy, str) else policy
         self.base = base if base is not None else GaussianSampler()
-        self.second_moment = self.base.second_moment
+        self.second_moment, self.capturable = self.base.second_moment, self.base.capturable
         self.refresh_every = refresh_every
         self.match: Match = match
 

@@ -20,5 +20,7 @@ class RademacherSampler(Sampler):
         Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation", 1992.
     """
 
+    capturable = True
+
     def noise(self, block: Block, key: Key) -> Noise:
         return RademacherNoise(key)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ class Space(ABC):
             if not block.tensor.is_contiguous():
                 raise ValueError(f"block {block.name!r} is not contiguous in memory; call .contiguous() on it first")
 
+    @cached_property
+    def pack(self) -> kernels.Pack:
+        """All blocks, for one pass over them."""
+        return kernels.Pack([block.tensor for block in self.blocks], [block.id for block in self.blocks])
+
     @property
     def numel(self) -> int:
         """Number of elements that move."""
@@ -79,6 +85,35 @@ class Space(ABC):
                 memory of the weights, and the noise is drawn once.
         """
 
+    @property
+    def pairable(self) -> bool:
+        """Whether :meth:`pair` may be tried; whether it is right for the model, a comparison at set-up decides."""
+        return False
+
+    def pair(self, direction: Direction, distance: float) -> AbstractContextManager[None]:
+        """Context in which the model computes the first half of its rows with ``theta + distance * u``, the second with minus.
+
+        Args:
+            direction: The direction ``u``.
+            distance: Probe distance.
+        """
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Repeated layers whose forward may be compiled: a probe swaps weights around it, not inside. None by default."""
+        return []
+
+    def scratch(self, copies: int, hold: bool) -> int:
+        """Bytes that a probe takes beside the weights.
+
+        Args:
+            copies: 1, or 2 for both signs in one forward.
+            hold: As for :meth:`probe`.
+        """
+        sizes = [block.numel * block.tensor.element_size() for block in self.blocks]
+        return copies * (sum(sizes) if hold else max(sizes))
+
     @abstractmethod
     def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
         """Run one probe at set-up and prove that it is what it claims to be.
@@ -93,7 +128,7 @@ class Space(ABC):
             ValueError: The probe reads unperturbed weights, writes a weight or buffer, is not finite, or ``eps`` is too small.
         """
 
-    def move(self, directions: Sequence[Direction], weights: Tensor, shrink: float, valid: Tensor) -> None:
+    def move(self, directions: Sequence[Direction], weights: Tensor, shrink: Tensor | float, valid: Tensor) -> None:
         r"""In-place step :math:`\theta_i \leftarrow \theta_i - r\,\theta_i + \sum_q w_q \sigma_{q,i} z_{q,i}`.
 
         Args:
@@ -102,9 +137,7 @@ class Space(ABC):
             shrink: The rate ``r`` of weight decay; 0 for none.
             valid: 0-d bool tensor; false leaves all weights as they are.
         """
-        amounts = (weights[:, None] * torch.stack([d.scales for d in directions])).unbind(1)  # one [Q] for each block
+        amounts = weights[:, None] * torch.stack([d.scales for d in directions])
+        noises = [[direction.noise(block) for block in self.blocks] for direction in directions]
         with uninterrupted():
-            for index, block in enumerate(self.blocks):
-                own = amounts[index].to(block.tensor.device, kernels.compute_dtype(block.dtype))
-                noises = [direction.noise(block) for direction in directions]
-                kernels.update(block.tensor, own, noises, shrink, valid.to(block.tensor.device))
+            self.pack.update(amounts, noises, shrink, valid, directions[0].clock)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -318,4 +319,5 @@ class TaskDataModule(lightning.LightningDataModule):
 
     def _loader(self, rows: list[Encoded], **options: Any) -> DataLoader[Encoded]:
         dataset = cast("Dataset[Encoded]", rows)  # a list serves; only the annotation asks for the class
-        return DataLoader(dataset, collate_fn=self._collator(), num_workers=self.num_workers, **options)
+        pinned = torch.cuda.is_available()  # so that copies to the device need not wait
+        return DataLoader(dataset, collate_fn=self._collator(), num_workers=self.num_workers, pin_memory=pinned, **options)

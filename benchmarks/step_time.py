@@ -1,0 +1,265 @@
+"""How long a step takes: ours, the field's usual loop, and the limit, in one run on one GPU.
+
+    python -m benchmarks.step_time --shapes smollm2-135m llama-3.2-1b --out docs/results
+
+The limit is two plain forwards of the batch with the full-vocabulary loss at one position a row, as one CUDA graph, with compiled
+layers for shapes that are bound by launches. Medians over steps, batch of 16 rows. Ours is ``ZOOptimizer`` with its defaults on a
+candidate objective (two candidates a row), the textbook loop is ``benchmarks.textbook`` on the same objective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import ledger, shapes
+from benchmarks.textbook import Textbook
+from zolightning import DenseSpace, GaussianSampler, PolicySampler, RademacherSampler, ZOOptimizer
+from zolightning.objectives import CandidateCrossEntropy
+from zolightning.objectives.base import BoundObjective
+from zolightning.objectives.forward import last_logits, wide
+from zolightning.optim.probing import compiled_layers
+from zolightning.policies import PertNN
+from zolightning.samplers import Sampler
+
+ROWS = 16
+SAMPLERS = {"gaussian": GaussianSampler, "rademacher": RademacherSampler}
+
+
+class Scaled(GaussianSampler):
+    """Gaussian with a scale of its own for every block, as a policy gives it."""
+
+    def scales(self) -> Tensor:
+        if not hasattr(self, "_scales"):
+            self._scales = torch.linspace(0.5, 1.5, len(self.blocks), device=self.blocks[0].tensor.device)
+        return self._scales
+
+
+def milliseconds(run: Callable[[], Any], repeats: int, warm_up: int = 3) -> float:
+    """Median time between the ends of two calls, on the GPU's clock; on a CPU the host's."""
+    for _ in range(warm_up):
+        run()
+    if not torch.cuda.is_available():
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e3)
+        return statistics.median(times)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def limit(model: nn.Module, batch: dict[str, Tensor], compiled: bool) -> float:
+    """Two plain forwards, captured."""
+    target = batch["candidates"][:, 0]
+
+    def forward() -> Tensor:
+        return F.cross_entropy(wide(last_logits(model, batch, 1)[:, -1]), target)
+
+    def two() -> tuple[Tensor, Tensor]:
+        return forward(), forward()
+
+    space = DenseSpace(model)
+    if not torch.cuda.is_available():
+        return milliseconds(two, 3)
+    with compiled_layers(space) if compiled else nullcontext():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        hidden = {**batch, "attention_mask": batch["attention_mask"].clone()}
+        hidden["attention_mask"][0, 0] = 0
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                wide(last_logits(model, hidden, 1))
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            two()
+        return milliseconds(graph.replay, 30)
+
+
+def ours(model: nn.Module, bound: BoundObjective, sampler: Sampler, repeats: int) -> tuple[float, ZOOptimizer, float]:
+    """Milliseconds a step, the optimizer, and seconds of the first step."""
+    optimizer = ZOOptimizer(DenseSpace(model), sampler, lr=1e-7, eps=1e-3)
+    start = time.perf_counter()
+    float(optimizer.step(bound))
+    first = time.perf_counter() - start
+    return milliseconds(lambda: optimizer.step(bound), repeats), optimizer, first
+
+
+@torch.no_grad()
+def parts(optimizer: ZOOptimizer, repeats: int) -> dict[str, float]:
+    """Milliseconds of the passes over the weights alone: all layers perturbed, and the update."""
+    space, group = optimizer.space, optimizer.param_groups[0]
+    assert isinstance(space, DenseSpace)
+    directions = optimizer.sampler.directions(group["seed"], group["step"], 1, optimizer._clock)
+    from zolightning.spaces.hosts import View
+
+    view, no = View(directions[0], directions[0].scales * 1e-3, 2), torch.zeros(1, device=space.device)
+    valid = torch.ones((), dtype=torch.bool, device=space.device)
+
+    def materialise() -> None:
+        for host in space._hosts:
+            host.materialise(view, whole=False)
+
+    def replayed(run: Callable[[], Any]) -> float:
+        if not torch.cuda.is_available():
+            return milliseconds(run, 3)
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return milliseconds(graph.replay, repeats)
+
+    return {"perturb": replayed(materialise), "update": replayed(lambda: space.move(directions, no, 0.0, valid))}
+
+
+def profile(optimizer: ZOOptimizer, bound: BoundObjective, top: int = 14) -> list[tuple[str, float, float]]:
+    """Kernels of a step that take longest: name, launches and milliseconds a step."""
+    if not torch.cuda.is_available():
+        return []
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    steps = 3
+    with record(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            optimizer.step(bound)
+        torch.cuda.synchronize()
+    kernels = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)[:top]
+    return [(event.key[:90], event.count / steps, round(event.self_device_time_total / steps / 1e3, 4)) for event in kernels]
+
+
+def no_synchronisation(optimizer: ZOOptimizer, bound: BoundObjective) -> bool:
+    """Fifty steps with every wait for the device an error."""
+    if not torch.cuda.is_available():
+        return True
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            optimizer.step(bound)
+    except RuntimeError:
+        logging.exception("waits for the device")
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
+def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], device: torch.device) -> list[ledger.Row]:
+    """All rows of one shape."""
+    model = shapes.make(shape, dtype, device)
+    made = shapes.batch(model, ROWS, tokens, device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cuda, rows = device.type == "cuda", []
+    repeats = 50 if cuda else 3
+    with torch.no_grad():
+        limit_ms = limit(model, made, shape in shapes.LAUNCH_BOUND and cuda)
+        loop = Textbook(model, lr=1e-7)
+        bound = CandidateCrossEntropy().on(model, made)
+        textbook_ms = milliseconds(lambda: loop.step(bound), 5 if cuda else 1, warm_up=1)
+    torch._dynamo.reset()  # ours compiles for its own shape, as if it were alone
+    for name in samplers:
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        ours_ms, optimizer, first = ours(model, bound, SAMPLERS[name](), repeats)
+        peak = torch.cuda.max_memory_allocated() if cuda else weights
+        row: ledger.Row = {"shape": shape, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "sampler": name}
+        row |= {"limit_ms": limit_ms, "textbook_ms": textbook_ms, "ours_ms": ours_ms, "peak_over_weights": peak / weights}
+        row |= {"rows": ROWS, "first_step_s": first, "form": optimizer.param_groups[0]["form"], **parts(optimizer, repeats)}
+        row["no_synchronisation"] = no_synchronisation(optimizer, bound)
+        row["profile"] = profile(optimizer, bound)
+        if name == "gaussian":
+            del optimizer
+            for label, other in (("table", Scaled()), ("pert_nn", PolicySampler(PertNN())), ("again", GaussianSampler())):
+                row[f"ours_{label}_ms"], optimizer, _ = ours(model, bound, other, repeats)
+        del optimizer
+        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        print(table([row])[-1], flush=True)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[ledger.Row]) -> list[str]:
+    """Lines to print."""
+    head = f"{'shape':14s} {'T':>4s} {'dtype':9s} {'sampler':10s} {'limit':>8s} {'ours':>8s} {'ours/lim':>8s} "
+    head += f"{'textbook':>8s} {'text/ours':>9s} {'peak/w':>6s}"
+    lines = [head]
+    for row in rows:
+        ratio, gain = row["ours_ms"] / row["limit_ms"], row["textbook_ms"] / row["ours_ms"]
+        lines.append(
+            f"{row['shape']:14s} {row['tokens']:4d} {row['dtype']:9s} {row['sampler']:10s} {row['limit_ms']:8.2f} {row['ours_ms']:8.2f} "
+            f"{ratio:8.2f} {row['textbook_ms']:8.1f} {gain:9.1f} {row['peak_over_weights']:6.2f}"
+        )
+    return lines
+
+
+def chart(rows: list[ledger.Row], path: Path) -> None:
+    """Where the time of a step goes, beside the limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.6), layout="constrained")
+    labels = [f"{row['shape']}, T={row['tokens']}, {row['dtype']}, {row['sampler']}" for row in rows]
+    left = [0.0] * len(rows)
+    for name in ("perturb", "update", "rest"):
+        widths = [(row[name] if name in row else row["ours_ms"] - row["perturb"] - row["update"]) / row["limit_ms"] for row in rows]
+        axes.barh(labels, widths, left=left, label={"perturb": "perturb layers", "rest": "forwards and rest"}.get(name, name))
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.axvline(1, color="gray", linestyle=":", label="limit: two captured plain forwards")
+    axes.set(xlabel="time of a step / limit")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-3.2-1b"], choices=list(shapes.SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of step_time.json and step_time.png")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[ledger.Row] = []
+    for shape in arguments.shapes:
+        for dtype in arguments.dtypes:
+            for tokens in arguments.tokens:
+                rows += measure(shape, tokens, getattr(torch, dtype), arguments.samplers, device)
+                result: ledger.Row = {"command": " ".join(["python -m benchmarks.step_time", *sys.argv[1:]]), "machine": ledger.machine()}
+                result |= {"commit": ledger.commit(), "torch": torch.__version__, "rows": rows}
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                (arguments.out / "step_time.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                gc.collect()
+    print(*table(rows), sep="\n")
+    chart(rows, arguments.out / "step_time.png")
+
+
+if __name__ == "__main__":
+    main()

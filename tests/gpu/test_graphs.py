@@ -1,0 +1,129 @@
+"""Steps as CUDA graphs: the bits of steps that are launched one by one, and no waiting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from nets import VOCABULARY, state_bits, tiny
+from torch import nn
+
+from zolightning.objectives import CandidateCrossEntropy, TokenCrossEntropy
+from zolightning.objectives.base import BoundObjective
+from zolightning.optim import ZOOptimizer
+from zolightning.policies import FeaturePolicy, PertNN
+from zolightning.samplers import GaussianSampler, PolicySampler, RademacherSampler, Sampler
+from zolightning.spaces import DenseSpace
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+SAMPLERS = {
+    "gaussian": GaussianSampler,
+    "rademacher": RademacherSampler,
+    "paper": lambda: PolicySampler(PertNN(), refresh_every=3),
+    "policy": lambda: PolicySampler(FeaturePolicy(hidden=4), RademacherSampler()),
+}
+
+
+def bound(model: nn.Module, number: int, answers: bool = False) -> BoundObjective:
+    """A batch of 4 rows, 16 or 32 tokens wide, with padding in front."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(3, VOCABULARY, (4, 16 * (1 + number % 2)), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "label": torch.arange(4) % 2}
+    if answers:
+        batch |= {"scored": torch.tensor([1, 2, 3, 4]), "example": torch.arange(4), "choice": torch.zeros(4, dtype=torch.int64)}
+    else:
+        batch["candidates"] = torch.tensor([[5, 6]] * 4)
+    batch = {name: value.to(CUDA) for name, value in batch.items()} | ({"max_scored": 4} if answers else {})
+    return (TokenCrossEntropy() if answers else CandidateCrossEntropy()).on(model, batch)
+
+
+def make(model: nn.Module, sampler: Sampler, **options: Any) -> ZOOptimizer:
+    return ZOOptimizer(DenseSpace(model), sampler, lr=1e-3, eps=1e-2, **options)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_a_graph_has_the_bits_of_launches(family: str, kind: str, pair: bool) -> None:
+    """Twelve steps over two widths, with a learning rate that changes, and a run that is resumed after seven."""
+    weights = {}
+    for capture in (False, True):
+        model = tiny(family, torch.bfloat16, tied=True).to(CUDA)
+        optimizer = make(model, SAMPLERS[kind](), pair=pair, capture=capture, compile=False)
+        for step in range(12):
+            if capture and step == 7:
+                state = optimizer.state_dict()
+                optimizer = make(model, SAMPLERS[kind]())
+                optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
+            optimizer.step(bound(model, step, answers=step % 3 == 0))
+        assert (optimizer._form.paired, optimizer._form.captured) == (pair, capture)
+        assert optimizer.steps == 12
+        weights[capture] = state_bits(model)
+    assert weights[True] == weights[False] != state_bits(tiny(family, torch.bfloat16, tied=True).to(CUDA))
+
+
+def test_nothing_waits() -> None:
+    """Fifty captured and compiled steps with every wait an error."""
+    model = tiny("llama", torch.bfloat16).to(CUDA)
+    optimizer = make(model, GaussianSampler())
+    work = [bound(model, number) for number in range(2)]
+    for one in work:
+        optimizer.step(one)
+    assert (optimizer._form.captured, optimizer._form.paired, optimizer._form.compiled) == (True, True, True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(50):
+            optimizer.step(work[step % 2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.skipped == 0
+
+
+def test_compiled_steps_repeat_bit_for_bit() -> None:
+    """Two runs from the start, the second after the compiler's memory was wiped."""
+    results = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = tiny("llama", torch.bfloat16).to(CUDA)
+        optimizer = make(model, GaussianSampler())
+        for step in range(8):
+            optimizer.step(bound(model, step))
+        results.append(state_bits(model))
+    assert results[0] == results[1]
+
+
+def test_steps_that_are_not_finite_are_skipped_in_graphs_too() -> None:
+    model = tiny("llama", torch.float32).to(CUDA)
+    optimizer = make(model, GaussianSampler(), compile=False, max_skipped=40)
+    optimizer.step(bound(model, 0))
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    before = state_bits(model)
+
+    def many() -> None:
+        for _ in range(500):
+            optimizer.step(bound(model, 0))
+
+    with pytest.raises(
+        RuntimeError, match=r"steps in a row \(to step \d+\) gave a loss that is not finite; the weights are those of step 1"
+    ):
+        many()
+    assert state_bits(model) == before
+
+
+def test_an_objective_that_waits_is_launched_step_by_step() -> None:
+    class Waiting(CandidateCrossEntropy):
+        def rows(self, model: nn.Module, batch: Any) -> Any:
+            loss, weight = super().rows(model, batch)
+            return (loss, weight) if float(loss.sum()) > 0 else (loss * 0, weight)
+
+    model = tiny("llama", torch.bfloat16).to(CUDA)
+    optimizer = make(model, GaussianSampler())
+    optimizer.step(Waiting().on(model, bound(model, 0).batch))
+    assert not optimizer._form.captured
+    assert optimizer._form.paired

@@ -1,0 +1,193 @@
+"""The forms in which the losses of a step are evaluated, and the choice between them.
+
+One probe after another always works. Two things make it faster where the model allows them: both signs of a probe in one forward
+of twice the rows, and compiled layers. Neither is believed: before the first step their row losses are compared with those of
+plain probes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zolightning.estimators.base import Probe
+from zolightning.objectives.base import BoundObjective, total
+from zolightning.objectives.batch import bucket, with_padding
+from zolightning.samplers.base import Direction
+from zolightning.spaces.base import Space
+
+log = logging.getLogger("zolightning")
+
+_CHECK_EPS = 8  # the comparison at set-up is made this much further out, so that signs and directions matter more than rounding
+_CHECK_ERROR = 0.1  # largest difference of two forms, relative to the difference that the sign of a probe makes
+_RECOMPILES = 64  # layers that differ in a number or a flag are compiled one by one; torch stops at 8
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the losses of a step are evaluated.
+
+    Args:
+        paired: Both signs of a probe in one forward.
+        captured: The whole step as a CUDA graph.
+        compiled: Layers through ``torch.compile``.
+        device: Type of the device for which that was found right.
+    """
+
+    paired: bool = False
+    captured: bool = False
+    compiled: bool = False
+    device: str = "cpu"
+
+
+def probe_losses(
+    space: Space, probes: Sequence[Probe], directions: Sequence[Direction], eps: float, closure: Callable[[], Any], form: Form, hold: bool
+) -> Tensor:
+    """Losses of the probes, in their order.
+
+    Args:
+        space: What is probed.
+        probes: The estimator's probes.
+        directions: One per query.
+        eps: Probe distance.
+        closure: The loss, or an objective bound to a batch.
+        form: How.
+        hold: As for :meth:`Space.probe`.
+
+    Returns:
+        Shape ``[probes]``, of the space's :attr:`compute_dtype`, on its device.
+    """
+    losses: list[Tensor] = []
+    with compiled_layers(space) if form.compiled else nullcontext():
+        for first, second in _couples(probes, form.paired):
+            direction = directions[first.query]
+            if second is not None:
+                assert isinstance(closure, BoundObjective)
+                with space.pair(direction, first.sign * eps):
+                    losses += total(*closure.rows(2)).unbind()
+                continue
+            with space.probe(direction, first.sign * eps, hold):
+                losses.append(loss_of(closure, space))
+    return torch.stack([loss.to(space.device, space.compute_dtype) for loss in losses])
+
+
+def loss_of(closure: Callable[[], Any], space: Space) -> Tensor:
+    """The closure's loss on the space's device.
+
+    Raises:
+        ValueError: It is not 0-d.
+    """
+    loss = torch.as_tensor(closure(), dtype=space.compute_dtype, device=space.device)
+    if loss.dim() != 0:
+        raise ValueError(f"the closure must return a 0-d loss, got shape {tuple(loss.shape)}")
+    return loss
+
+
+def _couples(probes: Sequence[Probe], paired: bool) -> Iterator[tuple[Probe, Probe | None]]:
+    """Neighbours of one query and opposite signs together, where both signs go through one forward."""
+    rest = list(probes)
+    while rest:
+        first = rest.pop(0)
+        if paired and rest and rest[0] == (first.query, -first.sign):
+            yield first, rest.pop(0)
+        else:
+            yield first, None
+
+
+def choose_form(
+    space: Space, bound: BoundObjective, direction: Direction, eps: float, wanted: dict[str, bool | None], obstacle: Callable[[Form], str]
+) -> Form:
+    """The fastest form that is right for this model.
+
+    Args:
+        space: What is probed.
+        bound: Objective and first batch.
+        direction: A direction to compare along.
+        eps: Probe distance.
+        wanted: ``pair``, ``capture`` and ``compile``: yes, no, or ``None`` for where it works and pays.
+        obstacle: Rehearses a step in some form; says why it cannot be captured, or nothing.
+
+    Raises:
+        ValueError: A form that was asked for is not right for this model.
+    """
+    form, on_gpu = Form(device=space.device.type), space.device.type == "cuda"
+    wants = {name: on_gpu if choice is None else choice for name, choice in wanted.items()}
+    if bound.hold or not any(wants.values()):
+        return form
+    bound = bound.to(with_padding(bucket(bound.batch)))
+    reference = _rows(space, bound, direction, eps * _CHECK_EPS, form)
+
+    def agrees(candidate: Form) -> str:
+        """Empty, or why not."""
+        try:
+            rows = _rows(space, bound, direction, eps * _CHECK_EPS, candidate)
+        except (torch.OutOfMemoryError, RuntimeError, NotImplementedError, IndexError, TypeError) as error:
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        gap, signal = (rows - reference).norm(), (reference[0] - reference[1]).norm()
+        same = bool(gap <= _CHECK_ERROR * signal + 1e-6 * reference.norm())
+        return "" if same else f"row losses differ by {float(gap):.2g}, where the two signs differ by {float(signal):.2g}"
+
+    def take(option: str, better: Form, reason: str) -> Form:
+        """The better form, unless there is a reason against it."""
+        if reason and wanted[option]:
+            raise ValueError(f"{option}=true does not work here: {reason}")
+        if reason:
+            log.info("%s: no, %s", option, reason)
+        return form if reason else better
+
+    if wants["pair"]:
+        better = replace(form, paired=True)
+        form = take("pair", better, agrees(better) if space.pairable else "a module with weights has modules inside")
+    if wants["capture"]:
+        form = take("capture", replace(form, captured=True), obstacle(form))
+    if wants["compile"] and (form.captured or wanted["compile"]):
+        better = replace(form, compiled=True)
+        form = take("compile", better, agrees(better) if space.layers else "there are no repeated layers of at most 128 MiB")
+    return form
+
+
+def _rows(space: Space, bound: BoundObjective, direction: Direction, eps: float, form: Form) -> Tensor:
+    """Row losses of both signs, ``[2, B]``."""
+    with compiled_layers(space) if form.compiled else nullcontext():
+        if form.paired:
+            with space.pair(direction, eps):
+                loss, weight = bound.rows(2)
+            return loss / weight
+        rows = []
+        for sign in (1, -1):
+            with space.probe(direction, sign * eps):
+                loss, weight = bound.rows(1)
+            rows.append(loss[0] / weight[0])
+        return torch.stack(rows)
+
+
+@contextmanager
+def compiled_layers(space: Space) -> Iterator[None]:
+    """Run the repeated layers of the space's model through ``torch.compile``: compiled once, used by all of them."""
+    import torch._dynamo.config as config
+
+    layers = space.layers
+    try:
+        for layer in layers:
+            layer.__dict__["forward"] = partial(_compiled(type(layer)), layer)  # type: ignore[arg-type]
+        with config.patch(recompile_limit=_RECOMPILES, accumulated_recompile_limit=16 * _RECOMPILES):
+            yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+@cache
+def _compiled(kind: Any) -> Callable[..., Any]:
+    import torch._inductor
+
+    # Timings must not choose between kernels whose sums have another order: a run that is resumed has the same bits.
+    options: dict[str, Any] = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
+    return torch.compile(kind.forward, options=options)

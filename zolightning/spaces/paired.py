@@ -1,0 +1,74 @@
+"""Both signs of a probe in one forward: a module sees the first half of its input with ``W + a z``, the second with ``W - a z``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+_TWIN = "_zolightning_twin"
+
+
+def pairable(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules can be split in halves: those with weights have no modules inside."""
+    return not any(True for module in modules for _ in module.children())
+
+
+def pair(modules: Iterable[nn.Module]) -> None:
+    """Let modules compute in halves; their parameters are then pairs ``[2, *shape]``, set by the probe."""
+    for module in modules:
+        if _TWIN not in module.__dict__:
+            twin = copy.copy(module)
+            twin._parameters = dict(module._parameters)
+            module.__dict__[_TWIN] = twin
+            module.__class__ = _paired(type(module))  # type: ignore[arg-type]
+
+
+def unpair(modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`pair`; harmless where there is nothing to undo."""
+    for module in modules:
+        twin = module.__dict__.pop(_TWIN, None)
+        if twin is not None:
+            module.__class__ = type(twin)
+
+
+def linear_in_halves(x: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear map whose first half of rows meets the first matrix.
+
+    Args:
+        x: ``[2 B, ..., in]``.
+        matrices: ``[2, out, in]``.
+        bias: ``[2, out]``, or ``[out]`` for both.
+
+    Returns:
+        ``[2 B, ..., out]``.
+    """
+    out = torch.bmm(x.reshape(2, -1, x.shape[-1]), matrices.mT)
+    if bias is not None:
+        out = out + (bias[:, None] if bias.dim() == 2 else bias)
+    return out.view(*x.shape[:-1], matrices.shape[1])
+
+
+@cache
+def _paired(kind: Any) -> type[nn.Module]:
+    """The class of modules of a kind that compute in halves."""
+    plain = kind.forward is nn.Linear.forward  # spelled out, since compilers know it better than its vmap
+
+    def forward(self: nn.Module, *inputs: Tensor) -> Any:
+        twin = self.__dict__[_TWIN]
+        if plain:
+            return linear_in_halves(inputs[0], self._parameters["weight"], self._parameters["bias"])  # type: ignore[arg-type]
+        weights: dict[str, Tensor] = {name: value for name, value in self._parameters.items() if value is not None}
+
+        def half(weights: dict[str, Tensor], *inputs: Tensor) -> Any:
+            return functional_call(twin, weights, inputs)
+
+        outputs = torch.vmap(half)(weights, *(x.unflatten(0, (2, x.shape[0] // 2)) for x in inputs))
+        return outputs.flatten(0, 1)
+
+    return type(f"Paired{kind.__name__}", (kind,), {"forward": forward})
