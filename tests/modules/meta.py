@@ -16,8 +16,9 @@ import zolightning as zl
 
 
 def token_batch(rows: int = 4, length: int = 8, scored: int = 3, seed: int = 1) -> dict[str, Tensor]:
-    """Random token sequences, the last ones to be learnt."""
+    """Random token sequences, the last ones to be learnt; the first has a padding token among its tokens."""
     ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+    ids[0, 1] = 0
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "scored": torch.full((rows,), scored)}
 
 

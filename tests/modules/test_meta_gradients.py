@@ -12,7 +12,8 @@ from nets import hook_count, state_bits, tiny
 from torch import Tensor, nn
 
 import zolightning as zl
-from zolightning.modules.gradients import Gradient, backward
+from zolightning.modules.gradient import Gradient
+from zolightning.modules.gradients import backward
 from zolightning.modules.readers import ClippedStep, InnerProducts, SquaredNorms, Sum
 from zolightning.modules.shift import Shift
 from zolightning.samplers.base import Direction
@@ -78,6 +79,27 @@ class TestGradients:
         assert state_bits(model) == before
         assert hook_count(model) == 0
         assert "forward" not in {name for module in model.modules() for name in module.__dict__}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("large", [1 << 26, 1])
+@pytest.mark.parametrize("tied", [False, True])
+def test_candidates_read_rows_of_the_head(tied: bool, large: int, checkpoint: bool) -> None:
+    """The objective looks rows of the head up instead of multiplying with all of it."""
+    model, other = tiny("gpt2", torch.float64, tied), tiny("gpt2", torch.float64, tied)
+    batch = {key: value for key, value in token_batch().items() if key != "scored"}
+    batch |= {"candidates": torch.tensor([[5, 9]]).repeat(4, 1), "label": torch.tensor([0, 1, 1, 0])}
+    space, objective = zl.DenseSpace(model), zl.CandidateCrossEntropy()
+    direction, reader = direction_of(space), Collect(space)
+    loss = objective.on(model, batch)
+    value = backward(space, loss, reader, shift=Shift(space, direction, 0.03), checkpoint=checkpoint, large=large)
+    with torch.no_grad():
+        for name, tensor in moved(space, direction, 0.03).items():
+            other.get_parameter(name).copy_(tensor)
+        with space.probe(direction, 0.03):
+            assert float(value) == pytest.approx(float(loss()), abs=1e-12)
+    objective.on(other, batch)().backward()
+    torch.testing.assert_close(reader.seen, {name: p.grad for name, p in other.named_parameters()}, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -172,10 +194,24 @@ class TestScope:
         with pytest.raises(ValueError, match="Linear has no layers that transformers can checkpoint"):
             backward(zl.DenseSpace(layer), lambda: layer(torch.ones(1, 3)).sum(), checkpoint=True)
 
-    def test_a_large_layer_is_used_once(self) -> None:
+    @pytest.mark.parametrize("large", [1 << 26, 1])
+    def test_a_layer_that_is_used_twice(self, large: int) -> None:
         layer = nn.Linear(3, 3)
-        with pytest.raises(RuntimeError, match="'weight' is used twice in one loss"):
-            backward(zl.DenseSpace(layer), lambda: layer(layer(torch.ones(1, 3))).sum(), large=1)
+        space, x = zl.DenseSpace(layer), torch.randn(2, 3)
+        reader = Collect(space)
+        backward(space, lambda: layer(layer(x)).square().sum(), reader, large=large)
+        expected = torch.autograd.grad(layer(layer(x)).square().sum(), list(layer.parameters()))
+        for block, gradient in zip(space.blocks, expected, strict=True):
+            torch.testing.assert_close(reader.seen[block.name], gradient)
+
+    def test_other_uses_of_a_large_matrix_are_refused(self) -> None:
+        class Odd(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return x @ self.weight.exp()
+
+        layer = Odd(3, 3)
+        with pytest.raises(NotImplementedError, match="exp of a large matrix: only linear maps and lookups go by rows"):
+            backward(zl.DenseSpace(layer), lambda: layer(torch.ones(1, 3)).sum(), large=1)
 
 
 class TestMemory:
@@ -187,7 +223,7 @@ class TestMemory:
 
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=4,
+            vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=4,
             tie_word_embeddings=False, pad_token_id=0, bos_token_id=None, eos_token_id=1,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
@@ -203,23 +239,23 @@ class TestMemory:
         space = zl.DenseSpace(model)
         weights = 4 * space.numel
         layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
-        embedding = 4 * model.model.embed_tokens.weight.numel()
-        options: dict[str, Any] = {"checkpoint": True, "large": 1 << 17}
         plain = self.peak(model, lambda: bound(model, batch)().backward())
         assert plain > weights  # what autograd alone does: all gradients at once
         model.zero_grad(set_to_none=True)
         direction = direction_of(space)
-        runs = {
-            "teacher": lambda: backward(space, bound(model, batch), ClippedStep(space, 0.0, 1.0), **options),
-            "shifted": lambda: backward(
-                space, bound(model, batch), InnerProducts(space, direction), shift=Shift(space, direction, 0.01), **options
-            ),
-            "shifted, not checkpointed": lambda: backward(
-                space, bound(model, batch), InnerProducts(space, direction), shift=Shift(space, direction, 0.01), large=1 << 17
-            ),
-        }
-        peaks = {name: self.peak(model, run) for name, run in runs.items()}
-        # One layer's perturbed weights and a gradient or two, or the embedding; on the CPU a chunk of noise takes 8 MiB.
-        bound_on = max(2 * layer, embedding) + (9 << 20)
-        assert weights > 2 * bound_on / 3
-        assert {name: peak for name, peak in peaks.items() if peak > bound_on} == {}, (weights, layer, peaks)
+        products, shift = InnerProducts(space, direction), Shift(space, direction, 0.01)
+
+        def peaks(**options: Any) -> list[int]:
+            teacher = self.peak(model, lambda: backward(space, bound(model, batch), ClippedStep(space, 0.0, 1.0), **options))
+            return [teacher, self.peak(model, lambda: backward(space, bound(model, batch), products, shift=shift, **options))]
+
+        noise = 9 << 20  # drawing a chunk of noise on a CPU
+        # By rows: a piece of a matrix at a time.
+        teacher, shifted = peaks(checkpoint=True, large=1 << 16)
+        assert teacher < layer
+        assert shifted < layer / 4 + noise
+        # Whole matrices: one layer's perturbed weights, a gradient or two, a part of the embedding.
+        teacher, shifted = peaks(checkpoint=False, large=1 << 20)
+        assert teacher < 3 * layer
+        assert shifted < 3 * layer + noise
+        assert weights > 2 * (3 * layer + noise)

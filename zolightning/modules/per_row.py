@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from zolightning import kernels
+from zolightning.modules.by_rows import without_padding
 from zolightning.modules.gradients import loss_scale
 from zolightning.modules.shift import owned_blocks
 from zolightning.optim.optimizer import exact_float32
@@ -98,10 +99,10 @@ class _Tape(TorchFunctionMode):
         out: Tensor = _Matrix.apply(x, weight, self, self.use(weight, x), transposed)
         return out
 
-    def _embedding(self, ids: Tensor, weight: Tensor, *options: Any, **more: Any) -> Tensor:
+    def _embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **more: Any) -> Tensor:
         if id(weight) not in self.indices:
-            return F.embedding(ids, weight, *options, **more)
-        out: Tensor = _Lookup.apply(ids, weight, self, self.use(weight, ids))
+            return F.embedding(ids, weight, padding_idx, *options, **more)
+        out: Tensor = _Lookup.apply(ids, weight, self, self.use(weight, ids), padding_idx)
         return out
 
     def vector(self, parameter: Tensor, activation: Tensor) -> Tensor:
@@ -130,18 +131,19 @@ class _Matrix(torch.autograd.Function):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, tape: _Tape, index: int) -> Tensor:
-        ctx.tape, ctx.index, ctx.shape = tape, index, weight.shape
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, tape: _Tape, index: int, padding: int | None) -> Tensor:
+        ctx.tape, ctx.index, ctx.shape, ctx.padding = tape, index, weight.shape, padding
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (ids,), (count, width), tape = ctx.saved_tensors, ctx.shape, ctx.tape
+        gradient = without_padding(ids, gradient, ctx.padding)
         place = ids.flatten(1) + torch.arange(tape.sequences, device=ids.device)[:, None] * count
         table = gradient.new_zeros(tape.sequences * count, width)
         tape.add(ctx.index, table.index_add_(0, place.flatten(), gradient.reshape(-1, width)))
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 class _Vector(torch.autograd.Function):

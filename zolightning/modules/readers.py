@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from zolightning.blocks import Block
-from zolightning.kernels import stochastic_round
-from zolightning.modules.gradients import Gradient
+from zolightning.kernels import materialise, stochastic_round
+from zolightning.modules.gradient import Gradient
 from zolightning.noise import Key, rounding_bits
 from zolightning.samplers.base import Direction
 from zolightning.spaces import Space
+
+_WHOLE = 1 << 26  # elements up to which a block's noise is drawn at once
 
 
 class _Scalars:
@@ -49,9 +51,14 @@ class InnerProducts(_Scalars):
         self.direction = direction
 
     def __call__(self, index: int, gradient: Gradient) -> None:
-        noise = self.direction.noise(self.space.blocks[index])
+        block = self.space.blocks[index]
+        noise = self.direction.noise(block)
+        whole = None
+        if block.tensor.is_cuda and block.numel <= _WHOLE:  # the fused pass over zeros is far faster than drawing in plain torch
+            whole = materialise(torch.zeros(block.numel, device=block.tensor.device), torch.ones((), device=block.tensor.device), noise)
         for start, stop, piece in gradient.pieces():
-            self.values[index] += torch.dot(piece, noise.draw(start, stop - start, piece.device).to(piece.dtype))
+            z = noise.draw(start, stop - start, piece.device) if whole is None else whole[start:stop]
+            self.values[index] += torch.dot(piece, z.to(piece.dtype))
 
 
 class Sum:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zolightning.modules.gradients import DenseGradient, backward
+from zolightning.modules.gradient import DenseGradient, Scaling
+from zolightning.modules.gradients import backward
 from zolightning.modules.readers import ClippedStep, SquaredNorms, Sum, descend
 from zolightning.noise import Key
 from zolightning.optim import ZOOptimizer
@@ -134,7 +135,7 @@ class MomentumSGD(Teacher):
             backward(space, loss, total, checkpoint=checkpoint)
         for block, held in zip(space.blocks, total.held, strict=True):
             rate = torch.tensor(self.rate(step), dtype=held.dtype, device=block.tensor.device)
-            descend(block, DenseGradient(held, held.dtype), rate, Key(seed, block.id, step))
+            descend(block, DenseGradient(held, Scaling(held.dtype)), rate, Key(seed, block.id, step))
         return value
 
     def _momentum(self, space: Space) -> Sum:
