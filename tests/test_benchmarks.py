@@ -148,3 +148,30 @@ def test_collect_statistics(tiny_folder: str, tmp_path: Path, monkeypatch: pytes
     assert not torch.equal(found["sst2", 0].fisher, found["sst2", 3].fisher)
     mean = mean_statistics(list(found.values()), normalise=True)
     assert float(mean.decrease_scales().max()) > 0
+
+
+def test_meta_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on a CPU too, where it measures time alone."""
+    from benchmarks import meta_memory
+
+    output = tmp_path / "memory.jsonl"
+    command = [
+        "meta_memory",
+        "--shape",
+        "tiny",
+        "--rows",
+        "2",
+        "--length",
+        "8",
+        "--steps",
+        "1",
+        "--dtype",
+        "float32",
+        "--output",
+        str(output),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    meta_memory.main()
+    (row,) = ledger.read(output)
+    assert row["weights"] > 0
+    assert row["seconds_per_step"] > 0
