@@ -12,6 +12,7 @@ from nets import hook_count, state_bits, tiny
 from torch import Tensor, nn
 
 import zolightning as zl
+from zolightning import kernels
 from zolightning.modules.gradient import Gradient
 from zolightning.modules.gradients import backward
 from zolightning.modules.readers import ClippedStep, InnerProducts, SquaredNorms, Sum
@@ -212,6 +213,26 @@ class TestScope:
         layer = Odd(3, 3)
         with pytest.raises(NotImplementedError, match="exp of a large matrix: only linear maps and lookups go by rows"):
             backward(zl.DenseSpace(layer), lambda: layer(torch.ones(1, 3)).sum(), large=1)
+
+
+class TestOnTheGPU:
+    """What the GPU does in another way gives the same numbers."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rows_of_a_shifted_matrix(self, dtype: torch.dtype) -> None:
+        layer = nn.Linear(24, 10, bias=False).to(dtype)
+        space = zl.DenseSpace(layer)
+        shift = Shift(space, direction_of(space), 0.03)
+        whole = shift.block(0)
+        assert torch.equal(shift.rows(0, 3, 9), whole[3:9])
+        assert torch.equal(shift.take(0, torch.arange(3, 9)), whole[3:9])
+
+    @pytest.mark.parametrize("sampler", [zl.GaussianSampler(), zl.RademacherSampler()])
+    def test_noise_by_a_pass_over_zeros(self, sampler: zl.Sampler) -> None:
+        space = zl.DenseSpace(nn.Linear(24, 10, bias=False))
+        noise = Direction(sampler, 5, 3, 0, torch.ones(1)).noise(space.blocks[0])
+        drawn = noise.draw(0, 240, torch.device("cpu"))
+        assert torch.equal(kernels.materialise(torch.zeros(240), torch.ones(()), noise), drawn)
 
 
 class TestMemory:

@@ -196,6 +196,8 @@ class PolicyMetaTrainModule(ZOModule):
         """One probe, verified by the space, must be what the differentiable probe computes."""
         direction, eps = Direction(point.sampler, point.seed, point.step, 0, scales), 1e-2
         loss = point.objective.on(self.language_model, point.batch)
+        if isinstance(self.meta_objective, AfterStep):
+            self.space.verify(loss, direction, self.meta_objective.eps)  # refuses a distance that the weights do not resolve
         expected = self.space.verify(loss, direction, eps).loss
         found = float(backward(self.space, loss, shift=Shift(self.space, direction, eps), checkpoint=self.checkpoint_layers))
         if abs(found - expected) > 1e-3 * max(abs(expected), 1.0):  # NaN passes here and is seen in the figures
