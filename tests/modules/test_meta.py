@@ -202,6 +202,7 @@ class TestRefusals:
             (lambda: meta_module("x", seed=-1), "seed=-1"),
             (lambda: meta_module("x", refit_biases_every=-1), "refit_biases_every=-1"),
             (lambda: meta_module("x", refresh_every=0), "refresh_every=0"),
+            (lambda: meta_module("x", objective=zl.Reward("accuracy", "choose")), "a reward has no gradient"),
             (lambda: meta_module("x", policy=PertNN(), meta_objective=zl.ClosedForm()), "a closed form makes a table, not a PertNN"),
             (lambda: zl.AfterStep(lr=0.0), "lr=0.0 of the meta-objective"),
             (lambda: zl.AfterStep(eps=float("inf")), "eps=inf of the meta-objective"),
@@ -222,6 +223,16 @@ class TestRefusals:
     def test_arguments(self, make: Callable[[], Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make()
+
+    def test_other_spaces(self, tiny_folder: str) -> None:
+        class Other(Space):
+            def __init__(self, model: Any) -> None:
+                super().__init__(model, zl.DenseSpace(model).blocks)
+
+            probe = verify = None  # type: ignore[assignment]
+
+        with pytest.raises(ValueError, match="needs a DenseSpace, not a Other"):
+            meta_module(tiny_folder, space=Other).configure_model()
 
     def test_nothing_to_learn(self, tiny_folder: str) -> None:
         with pytest.raises(ValueError, match="a Uniform has nothing to learn"):

@@ -18,7 +18,7 @@ from zolightning.modules.gradients import backward
 from zolightning.modules.meta_objectives import AfterStep, ClosedForm, MetaObjective, MetaPoint, Verdict
 from zolightning.modules.shift import Shift
 from zolightning.modules.teacher import MomentumSGD, Teacher
-from zolightning.objectives import CandidateCrossEntropy, Objective
+from zolightning.objectives import CandidateCrossEntropy, Objective, Reward
 from zolightning.policies import BlockInfo, PertNN, Policy, Table
 from zolightning.samplers import GaussianSampler, PolicySampler, Sampler
 from zolightning.samplers.base import Direction
@@ -97,6 +97,8 @@ class PolicyMetaTrainModule(ZOModule):
         super().__init__(pretrained, dtype, space, objective, None, attn_implementation, trust_remote_code)
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed={seed} must be between 0 and 2**64 - 1")
+        if isinstance(objective, Reward):
+            raise ValueError("a reward has no gradient to learn a policy from: leave objective out, and train on the reward afterwards")
         if refit_biases_every < 0:
             raise ValueError(f"refit_biases_every={refit_biases_every} must not be negative")
         self.meta_objective = meta_objective if meta_objective is not None else AfterStep()
@@ -123,6 +125,10 @@ class PolicyMetaTrainModule(ZOModule):
         infos = [BlockInfo(block.name, tuple(block.tensor.shape)) for block in self.space.blocks]
         self.policy = self._unbound.bind(infos)
         self.policy.base_model = self.pretrained
+        if not isinstance(self.space, DenseSpace):
+            raise ValueError(
+                f"meta-training differentiates the weights themselves: it needs a DenseSpace, not a {type(self.space).__name__}"
+            )
         if not any(parameter.requires_grad for parameter in self.policy.parameters()):
             raise ValueError(f"a {type(self.policy).__name__} has nothing to learn")
 
