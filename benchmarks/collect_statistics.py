@@ -27,7 +27,8 @@ from zolightning import CandidateCrossEntropy, DenseSpace, OneCopySGD, TaskDataM
 from zolightning.models import load_model, load_tokenizer
 from zolightning.modules.base import OBJECTIVES
 from zolightning.modules.evaluation import CALIBRATION, fitted_biases
-from zolightning.modules.statistics import BlockStatistics, RowNorms, collect_statistics
+from zolightning.modules.per_row import RowNorms
+from zolightning.modules.statistics import BlockStatistics, collect_statistics
 
 _FIELDS = ("gradient", "batch", "fisher")
 

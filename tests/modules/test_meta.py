@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import zolightning as zl
 from zolightning.modules import BlockStatistics, MetaPoint, Verdict
+from zolightning.modules.meta_objectives import _RunningMean
 from zolightning.modules.teacher import Teacher
 from zolightning.policies import FeaturePolicy, Normaliser, PertNN, Table, Uniform
 from zolightning.spaces import Space
@@ -188,6 +189,30 @@ def test_a_verdict_that_is_not_finite_teaches_nothing(tiny_folder: str, tmp_path
     module = meta_module(tiny_folder, policy=Table(), meta_objective=Broken())
     make_trainer(tmp_path, 2).fit(module, films(tmp_path))
     assert set(module.policy.values.tolist()) == {1.0}
+
+
+@pytest.mark.parametrize("rule", ["ratio", "decrease"])
+def test_the_table_follows_from_the_statistics(rule: Any, tiny_folder: str, tmp_path: Path) -> None:
+    objective = zl.ClosedForm(rule, warm_up=1)
+    module = meta_module(tiny_folder, meta_objective=objective)
+    make_trainer(tmp_path, 3).fit(module, films(tmp_path))
+    (found,) = objective.statistics()
+    ratio = (found.gradient.clamp_min(0) / found.fisher.clamp_min(1e-300)).sqrt()
+    expected = ratio if rule == "ratio" else found.decrease_scales(0.1)
+    values = module.policy.values.detach().double()
+    torch.testing.assert_close(values / values.max(), expected / expected.max(), rtol=1e-4, atol=1e-6)
+
+
+def test_memory_of_the_running_means() -> None:
+    """Each step weighs twice as much as the one before it."""
+    mean = _RunningMean()
+    for value in (1.0, 2.0, 4.0):
+        numbers = torch.full((2,), value, dtype=torch.float64)
+        mean.add(BlockStatistics(("a", "b"), numbers, 2 * numbers, 3 * numbers, 8, 8), 0.5)
+    average = (0.25 * 1 + 0.5 * 2 + 1 * 4) / 1.75
+    assert mean.value().gradient.tolist() == pytest.approx([average] * 2)
+    assert mean.value().fisher.tolist() == pytest.approx([3 * average] * 2)
+    assert (mean.steps, mean.value().rows) == (3, 24)
 
 
 def test_too_few_steps_for_a_table(tiny_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,9 +12,9 @@ from nets import tiny
 from torch import Tensor, nn
 
 import zolightning as zl
+from zolightning.modules.per_row import RowNorms
 from zolightning.modules.statistics import (
     BlockStatistics,
-    RowNorms,
     collect_statistics,
     curvature_traces,
     expected_decrease,

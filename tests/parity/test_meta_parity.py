@@ -82,8 +82,8 @@ def published(model: nn.Module, weights: Weights, scales: Tensor, step: int) -> 
     return loss_of(model, {name: w - LR * coefficient * u[name] for name, w in weights.items()}, ids), (plus, minus)
 
 
-def expected(history: list[list[Weights]], names: list[str], scales: Tensor, alignment: float = 0.1) -> Tensor:
-    """Minus the logarithm of the best expected decrease, from all rows' gradients of all steps so far."""
+def expected(history: list[list[Weights]], names: list[str], scales: Tensor, lr: float | None, alignment: float = 0.1) -> Tensor:
+    """From all rows' gradients of all steps so far: minus the logarithm of the best expected decrease; or of a given step size."""
     g, m, f = (torch.zeros(len(names), dtype=torch.float64) for _ in range(3))
     for rows in history:
         for i, name in enumerate(names):
@@ -94,7 +94,7 @@ def expected(history: list[list[Weights]], names: list[str], scales: Tensor, ali
             g[i] += (inner.sum() - inner.trace()) / (count * (count - 1)) / len(history)
     s = scales.square()
     a, c = (s * g).sum(), (s * m).sum() * (s * f).sum() / 2 + alignment * (s * s * g.clamp_min(0) * f).sum()
-    return -(a.square() / (4 * c)).log()
+    return -(a.square() / (4 * c)).log() if lr is None else -(lr * a - lr**2 * c) / g.sum()
 
 
 def row_gradients(model: nn.Module, weights: Weights, ids: Tensor) -> list[Weights]:
@@ -124,6 +124,7 @@ CASES: list[tuple[str, Callable[[], MetaObjective], Callable[[], Teacher]]] = [
     ("published", lambda: AfterStep(LR, EPS), lambda: MomentumSGD(lr=0.5, clip=0.3, reset_every=10)),
     ("published", lambda: AfterStep(LR, EPS), lambda: OneCopySGD(lr=0.5, clip=0.1, reset_every=10)),
     ("expected", lambda: ExpectedDecrease(warm_up=1, together=1), lambda: OneCopySGD(lr=0.5, clip=0.1, reset_every=10)),
+    ("given rate", lambda: ExpectedDecrease(lr=0.02, warm_up=1, together=4), lambda: OneCopySGD(lr=0.5, clip=0.1, reset_every=10)),
     ("expected", lambda: ExpectedDecrease(warm_up=1, together=4), lambda: MomentumSGD(lr=0.5, clip=100.0, reset_every=10)),
 ]
 
@@ -170,7 +171,7 @@ def test_meta_steps(
             meta_loss, losses = published(model, weights, plain_scales, step)
         else:
             history.append(row_gradients(model, weights, ids))
-            meta_loss = expected(history, list(weights), plain_scales)
+            meta_loss = expected(history, list(weights), plain_scales, 0.02 if kind == "given rate" else None)
         gradients = dict(zip(plain.parameters, torch.autograd.grad(meta_loss, list(plain.parameters.values())), strict=True))
         torch.testing.assert_close(scales.detach(), plain_scales.detach(), rtol=1e-9, atol=1e-12)
         assert float(verdict.loss) == pytest.approx(float(meta_loss.detach()), abs=1e-9)

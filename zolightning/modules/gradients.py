@@ -32,6 +32,7 @@ from zolightning.modules.gradient import DenseGradient, Gradient, Scaling, SumGr
 from zolightning.modules.shift import Shift
 from zolightning.modules.swap import Swap
 from zolightning.optim.optimizer import exact_float32
+from zolightning.samplers.base import Direction
 from zolightning.spaces import Space
 
 LARGE = 1 << 24  # elements from which a matrix goes by rows, about that many at a time
@@ -90,6 +91,28 @@ def backward(
         value = loss()
         (value * factor if factor != 1 else value).backward()
     return value.detach()
+
+
+@torch.no_grad()
+def verify_shift(space: Space, loss: Callable[[], Tensor], direction: Direction, eps: float = 1e-2, checkpoint: bool = False) -> None:
+    """Make sure that :func:`backward` at a shifted point sees what a probe sees; the space verifies the probe itself.
+
+    Args:
+        space: Whose blocks.
+        loss: Evaluates the loss.
+        direction: A direction.
+        eps: Distance, large enough for a weight that is missed to show.
+        checkpoint: As for :func:`backward`.
+
+    Raises:
+        ValueError: The model reads weights outside of the forward of the modules that own them.
+    """
+    expected = space.verify(loss, direction, eps).loss
+    found = float(backward(space, loss, shift=Shift(space, direction, eps), checkpoint=checkpoint))
+    if abs(found - expected) > 1e-3 * max(abs(expected), 1.0):  # NaN passes here and is seen in the figures
+        raise ValueError(
+            f"the loss at a probe is {expected:g}, with gradients {found:g}: this model reads weights outside of their modules' forward"
+        )
 
 
 def loss_scale(space: Space) -> float:

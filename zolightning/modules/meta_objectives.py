@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from zolightning.modules.gradients import backward
+from zolightning.modules.per_row import RowNorms
 from zolightning.modules.readers import InnerProducts
 from zolightning.modules.shift import Shift
-from zolightning.modules.statistics import BlockStatistics, RowNorms, collect_statistics, expected_decrease, mean_statistics
+from zolightning.modules.statistics import BlockStatistics, collect_statistics, expected_decrease, mean_statistics
 from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch
 from zolightning.optim.optimizer import exact_float32

@@ -22,7 +22,6 @@ estimate from pairs within each batch; it costs nothing and is noisier by the ro
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,15 +30,13 @@ import torch
 from torch import Tensor
 
 from zolightning.modules.gradients import backward
-from zolightning.modules.per_row import row_norms
+from zolightning.modules.per_row import RowNorms
 from zolightning.modules.readers import InnerProducts, SquaredNorms, Sum
 from zolightning.modules.shift import Shift
 from zolightning.objectives.base import Objective
-from zolightning.objectives.batch import Batch, size, split
+from zolightning.objectives.batch import Batch, size
 from zolightning.samplers.base import Sampler
 from zolightning.spaces import Space
-
-log = logging.getLogger("zolightning")
 
 _FIELDS = ("gradient", "batch", "fisher")
 
@@ -193,59 +190,6 @@ def expected_decrease(scales: Tensor, statistics: BlockStatistics, lr: float | N
     if lr is None:
         return gain.clamp_min(0.0).square() / (4 * cost)
     return lr * gain - lr**2 * cost
-
-
-class RowNorms:
-    """The sum over the rows of a batch of their gradients' squared norms: many rows at a time where the model allows it.
-
-    Args:
-        space: Whose blocks.
-        together: Rows per backward; 1: one by one, always possible.
-        checkpoint: Checkpoint the decoder layers where rows are taken one by one.
-    """
-
-    def __init__(self, space: Space, together: int = 8, checkpoint: bool = False) -> None:
-        if together < 1:
-            raise ValueError(f"together={together} must be at least 1")
-        self.space, self.together, self.checkpoint = space, together, checkpoint
-        self._trusted = False
-
-    def __call__(self, objective: Objective, batch: Batch, factor: float = 1.0) -> Tensor:
-        """Sum over the rows: shape ``[blocks]``.
-
-        Args:
-            objective: Gives one loss sum per row.
-            batch: The rows.
-            factor: On every loss.
-        """
-        if self.together > 1 and not self._trusted:
-            self._trusted = self._check(objective, next(split(batch, 2)))
-            self.together = self.together if self._trusted else 1
-        measure = self._many if self.together > 1 else self._one
-        return torch.stack([measure(objective, part, factor) for part in split(batch, self.together)]).sum(0)
-
-    def _one(self, objective: Objective, row: Batch, factor: float = 1.0) -> Tensor:
-        norms = SquaredNorms(self.space)
-        backward(self.space, lambda: objective.rows(self.space.model, row)[0].sum() * factor, norms, checkpoint=self.checkpoint)
-        return norms.values
-
-    def _many(self, objective: Objective, rows: Batch, factor: float = 1.0) -> Tensor:
-        sequences, example = len(rows["input_ids"]), rows.get("example")
-        return row_norms(self.space, lambda: objective.rows(self.space.model, rows)[0] * factor, sequences, example)
-
-    def _check(self, objective: Objective, rows: Batch) -> bool:
-        """Whether two rows together give what they give one by one; else say so."""
-        expected = torch.stack([self._one(objective, row) for row in split(rows, 1)]).sum(0)
-        tolerance = {torch.float64: 1e-7, torch.float32: 1e-3}.get(self.space.blocks[0].dtype, 0.1)
-        try:
-            found = self._many(objective, rows)
-            equal = torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.mean()))
-            reason = "their norms differ"
-        except NotImplementedError as error:
-            equal, reason = False, str(error)
-        if not equal:
-            log.warning("gradients of rows are taken one by one: %s", reason)
-        return equal
 
 
 def collect_statistics(
