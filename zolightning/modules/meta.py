@@ -147,6 +147,7 @@ class PolicyMetaTrainModule(ZOModule):
         self.objectives = [self._objective_of(source) for source in self.sources]
         if self._restored:
             self._continue(self._restored)
+            self._restored = {}
 
     def _objective_of(self, source: Any) -> Objective:
         kind = OBJECTIVES[str(getattr(source, "objective", "answer"))]
