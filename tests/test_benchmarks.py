@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import grid, ledger, report, three_ways
+from benchmarks import grid, ledger, report, tasks_smoke, three_ways
 from benchmarks.textbook import Textbook
 
 
@@ -175,3 +175,42 @@ def test_meta_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = ledger.read(output)
     assert row["weights"] > 0
     assert row["seconds_per_step"] > 0
+
+
+def small_tasks(folder: Path) -> Path:
+    """Rows of one task of each kind."""
+    rows: dict[str, list[dict[str, Any]]] = {
+        "sst2": [{"sentence": f"{word} film {i}", "label": int(word == "fine")} for i in range(20) for word in ("fine", "dull")],
+        "copa": [
+            {"premise": f"It rained {i} days.", "choice1": "We got wet.", "choice2": "I sang a song.", "question": "effect", "label": i % 2}
+            for i in range(40)
+        ],
+        "drop": [{"passage": f"Ann has {i} cats.", "question": "How many?", "answers_spans": {"spans": [str(i)]}} for i in range(40)],
+    }
+    for task, lines in rows.items():
+        (folder / task).mkdir(parents=True)
+        for split in ("train", "validation"):
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_tasks_smoke(tmp_path: Path, tiny_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row a task with no problems; a task without data has one; scores that differ are found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tasks_smoke"])
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    out, data = tmp_path / "out.jsonl", small_tasks(tmp_path / "data")
+    common = ["--pretrained", tiny_folder, "--data", str(data), "--dtype=float32", "--accelerator=cpu", "--lr=1e-3", "--eps=1e-2"]
+    small = [*common, "--steps=3", "--rows=6", "--out", str(out)]
+    rows = tasks_smoke.run_all(tasks_smoke.parse([*small, "--tasks", "sst2", "copa", "drop", "rte"]))
+    assert rows == ledger.read(out)
+    assert [row["problems"] for row in rows[:3]] == [[], [], []]
+    assert rows[3]["problems"] == [f"ValueError: {data / 'rte'} has no train.jsonl"]
+    assert [sorted({"accuracy", "f1"} & row["after"].keys()) for row in rows[:3]] == [["accuracy"], ["accuracy"], ["f1"]]
+    assert all(row["before"]["loss"] != row["after"]["loss"] and row["seconds"] > 0 for row in rows[:3])
+    lines = tasks_smoke.table(rows).splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "sst2", "copa", "drop", "rte"]
+    assert [line.endswith("ok") for line in lines[1:]] == [True, True, True, False]
+    monkeypatch.setattr(tasks_smoke, "plain_score", lambda *arguments: -1.0)
+    (row,) = tasks_smoke.run_all(tasks_smoke.parse([*small, "--tasks", "copa"]))
+    assert "from plain ones" in row["problems"][0]

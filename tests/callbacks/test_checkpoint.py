@@ -105,6 +105,7 @@ def test_a_torn_write_leaves_the_old_one(tiny_folder: str, tmp_path: Path, monke
     with pytest.raises(OSError, match="No space left"):
         trainer.fit(make_module(tiny_folder), film_data(tmp_path))
     assert step_of(look.path) == 2
+    assert [p.name for p in look.path.parent.iterdir()] == ["last.ckpt"], "half a file would only fill the disk"
 
 
 def test_beside_a_users_own(tiny_folder: str, tmp_path: Path) -> None:

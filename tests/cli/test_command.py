@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
+
+import zolightning
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -52,6 +55,56 @@ def test_console_script(options: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sys.path", sys.path.copy())
     monkeypatch.setattr("sys.argv", ["zolightning", "fit", *options, "--trainer.max_steps=2"])
     assert next(iter(scripts)).load()() is None
+
+
+def test_help_is_quick() -> None:
+    """What Lightning imports (torch, its compiler, torchmetrics) takes four seconds; nothing may come on top."""
+    code = (
+        "import sys, atexit\n"
+        "from zolightning.cli import main\n"
+        "assert not {'lightning', 'torch'} & set(sys.modules), 'garbage collection has to be off before these'\n"
+        "heavy = {'datasets', 'pandas', 'pyarrow', 'scipy', 'peft', 'bitsandbytes', 'transformers.modeling_utils'}\n"
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
+        "main(['fit', '--help'])\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    took = time.perf_counter() - start
+    assert done.stdout.startswith("usage: zolightning")
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    assert done.stderr == ""
+    assert took < 15, "about 4 s on an idle machine with two cores"
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from zolightning.cli import main
+
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"zolightning {zolightning.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [(["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"], 2), (["--trainer.max_time=00:00:00:00"], None), ([], 0)],
+)
+def test_training_has_an_end(
+    arguments: list[str], steps: int | None, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without trainer.max_steps, max_epochs and max_time the run is refused: Lightning would go on for ever, or for 1,000 epochs."""
+    from zolightning.cli import main
+
+    monkeypatch.setattr("sys.argv", ["zolightning"])
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    command = ["fit", *(option for option in options if "max_steps" not in option), *arguments]
+    if steps == 0:
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == "error: when does training end? set trainer.max_steps (or max_epochs, or max_time)\n"
+    else:
+        assert main(command).trainer.global_step in ((steps,) if steps else (0, 1, 2, 3))
 
 
 def test_resume_in_the_middle_of_an_epoch(run: Run, options: list[str], tmp_path: Path) -> None:

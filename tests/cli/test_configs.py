@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from runs import QUESTIONS, write_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +21,8 @@ def test_recipe(path: Path, tiny_folder: str, rows_file: str, tmp_path: Path, mo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["zolightning"])
-    small = [f"--model.pretrained={tiny_folder}", f"--data.train_file={rows_file}", f"--data.validation_file={rows_file}"]
+    rows = write_rows(tmp_path / "questions.jsonl", QUESTIONS) if "task: squad" in path.read_text() else rows_file
+    small = [f"--model.pretrained={tiny_folder}", f"--data.train_file={rows}", f"--data.validation_file={rows}"]
     cli = main([
         "fit", f"--config={path}", *([] if "pretrained: demo" in path.read_text() else small), "--trainer.accelerator=cpu",
         "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--model.optimizer.eps=0.01",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +175,20 @@ def test_a_task_is_returned_as_it_is() -> None:
     assert get_task(task) is task
 
 
-@pytest.mark.parametrize("label", [2, -2, "1", 0.5])
+@pytest.mark.parametrize("label", [2, -2, "one", "2", 0.5, math.inf, [1]])
 def test_label_out_of_range(label: Any) -> None:
-    with pytest.raises(ValueError, match=rf"label {label!r} is not a number from 0 to 1"):
+    with pytest.raises(ValueError, match=re.escape(f"label {label!r} is not a number from 0 to 1")):
         get_task("sst2").example({"sentence": "x", "label": label})
 
 
-def test_hub_mark_for_no_label() -> None:
-    assert get_task("sst2").example({"sentence": "x", "label": -1}).label is None
+@pytest.mark.parametrize("label", [None, "", math.nan, -1, -1.0, "-1"])
+def test_no_label(label: Any) -> None:
+    assert get_task("sst2").example({"sentence": "x", "label": label}).label is None
+
+
+@pytest.mark.parametrize("label", [1, True, 1.0, "1", "1.0", " 1 "])
+def test_label_as_files_hold_it(label: Any) -> None:
+    assert get_task("sst2").example({"sentence": "x", "label": label}).label == 1
 
 
 def test_copa_question() -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zolightning.kernels.noise import draw, rounding_bits
+from zolightning.kernels.noise import draw, rounding_bits, weave
 from zolightning.kernels.rounding import HALF_TINY
 from zolightning.noise import Noise
 
@@ -99,7 +99,7 @@ def _materialise(
     octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
     w = _load(_pointer(row, first, TYPE, ALIGNED), left, OCTETS)
     z = draw(_u32(k0), _u32(k1), octet, _u32(tl.load(row + _ID)), _u32(tl.load(clock)), _u32(query), GAUSSIAN)
-    u = z * tl.load(amounts + tl.load(row + _SLOT))
+    u = weave(*z) * tl.load(amounts + tl.load(row + _SLOT))
     target = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
     _store(target, left, _nearest(w + u, TYPE), OCTETS)
     if COPIES == 2:
@@ -117,10 +117,14 @@ def _update(
         octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
         weight = _pointer(row, first, TYPE, ALIGNED)
         w = _load(weight, left, OCTETS)
-        total = tl.zeros([OCTETS * 8], tl.float32)
+        t0 = tl.zeros([OCTETS], tl.float32)  # one sum a place in the octet: a sum over whole octets would be laid out otherwise
+        t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
         for q in range(queries):
-            z = draw(_u32(k0), _u32(k1), octet, block, step, _u32(query + q), GAUSSIAN)
-            total = total + z * tl.load(amounts + q * stride + slot)
+            z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(query + q), GAUSSIAN)
+            a = tl.load(amounts + q * stride + slot)
+            t0, t1, t2, t3 = t0 + z0 * a, t1 + z1 * a, t2 + z2 * a, t3 + z3 * a
+            t4, t5, t6, t7 = t4 + z4 * a, t5 + z5 * a, t6 + z6 * a, t7 + z7 * a
+        total = weave(t0, t1, t2, t3, t4, t5, t6, t7)
         w = w + (total - w * tl.load(shrink))
         if tl.float32 != TYPE:
             bits = rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(query))
@@ -139,7 +143,7 @@ def _rows(
     at = (start // 8 + tl.program_id(1) * OCTETS) * 8 + tl.arange(0, OCTETS * 8)
     mine = (at >= start) & (at < start + width)
     z = draw(_u32(k0), _u32(k1), octet.to(tl.uint32), _u32(block), _u32(tl.load(clock)), _u32(query), GAUSSIAN)
-    u = z * tl.load(amounts + slot)
+    u = weave(*z) * tl.load(amounts + slot)
     if place >= half:
         u = -u
     w = tl.load(weight + at, mask=mine).to(tl.float32)

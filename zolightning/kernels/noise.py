@@ -89,7 +89,7 @@ def box_muller(a, b):
 
 @triton.jit
 def draw(k0, k1, octet, block, step, query, GAUSSIAN: tl.constexpr):
-    """The noise of elements ``8 * octet`` to ``8 * octet + 7``: float32, shape ``[8 * len(octet)]``.
+    """The noise of elements ``8 * octet`` to ``8 * octet + 7``: eight float32 tensors ``[N]``, one a place in the octet.
 
     ``octet`` is the flat index divided by 8: uint32, shape ``[N]``; the key's words are uint32 scalars.
     """
@@ -101,24 +101,31 @@ def draw(k0, k1, octet, block, step, query, GAUSSIAN: tl.constexpr):
         z2, z3 = box_muller(a2, a3)
         z4, z5 = box_muller(b0, b1)
         z6, z7 = box_muller(b2, b3)
-        even = tl.interleave(tl.interleave(z0, z4), tl.interleave(z2, z6))
-        odd = tl.interleave(tl.interleave(z1, z5), tl.interleave(z3, z7))
-        z = tl.interleave(even, odd)
     else:
         w0, w1, w2, w3 = philox(k0, k1, octet >> 4, block, step, query * 16)
         lane = (octet >> 2) & 3
         word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
         byte = word >> ((octet & 3) * 8)
-        shifts = tl.arange(0, 8).to(tl.uint32)
-        bits = (byte[:, None] >> shifts[None, :]) & 1
-        z = tl.reshape(bits, [octet.shape[0] * 8]).to(tl.float32) * 2.0 - 1.0
-    return z
+        z0, z1, z2, z3 = _sign(byte, 0), _sign(byte, 1), _sign(byte, 2), _sign(byte, 3)
+        z4, z5, z6, z7 = _sign(byte, 4), _sign(byte, 5), _sign(byte, 6), _sign(byte, 7)
+    return z0, z1, z2, z3, z4, z5, z6, z7
+
+
+@triton.jit
+def _sign(byte, bit: tl.constexpr):
+    return ((byte >> bit) & 1).to(tl.float32) * 2.0 - 1.0
+
+
+@triton.jit
+def weave(a0, a1, a2, a3, a4, a5, a6, a7):
+    """Eight tensors ``[N]``, one a place in the octet, as one ``[8 N]``. Each thread's octet stays its own: nothing is exchanged."""
+    even = tl.interleave(tl.interleave(a0, a4), tl.interleave(a2, a6))
+    odd = tl.interleave(tl.interleave(a1, a5), tl.interleave(a3, a7))
+    return tl.interleave(even, odd)
 
 
 @triton.jit
 def rounding_bits(k0, k1, octet, block, step, query):
     """Uniform 16-bit integers for elements ``8 * octet`` to ``8 * octet + 7``: uint32, shape ``[8 * len(octet)]``."""
     w0, w1, w2, w3 = philox(k0, k1, octet, block, step, query * 16 + 1)
-    low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
-    high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
-    return tl.interleave(low, high)
+    return weave(w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16)

@@ -91,16 +91,19 @@ class ZOModule(pl.LightningModule):
         return self.model
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that would silently spoil the run.
+        """Refuse settings that would silently spoil the run."""
+        self.check_trainer(self.trainer)
+
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """What the command asks before the Trainer starts any process.
 
         Raises:
             ValueError: ``Trainer.precision`` is not 32-true, or there is more than one process.
         """
-        if self.trainer.world_size > 1:
-            raise ValueError(f"a run uses one device, trainer.devices asks for {self.trainer.world_size} processes: set trainer.devices=1")
-        if self.trainer.precision != "32-true":
-            given = self.trainer.precision
-            raise ValueError(f"trainer.precision={given!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
+        if trainer.world_size > 1:
+            raise ValueError(f"a run uses one device, trainer.devices asks for {trainer.world_size} processes: set trainer.devices=1")
+        if trainer.precision != "32-true":
+            raise ValueError(f"trainer.precision={trainer.precision!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
 
     def configure_model(self) -> None:
         """Load the base model once; Lightning moves it to the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def class_index(value: Any, count: int) -> int | None:
     """Check a class label.
 
     Args:
-        value: An integer or boolean; None or -1 (the hub's mark) for a row without a label.
+        value: A whole number or boolean, also as 1.0 or "1", which is what files hold where other rows have no label; None, an
+            empty cell or -1 (the hub's mark) for a row without a label.
         count: Number of classes.
 
     Returns:
@@ -117,8 +119,14 @@ def class_index(value: Any, count: int) -> int | None:
         >>> class_index(True, 2)
         1
     """
-    if value is None or value == -1:
+    if value in (None, "") or value != value:
         return None
-    if not isinstance(value, int) or not 0 <= value < count:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if number == -1:
+        return None
+    if number not in range(count):
         raise ValueError(f"label {value!r} is not a number from 0 to {count - 1}")
-    return int(value)
+    return int(number)

@@ -79,11 +79,13 @@ class TemplateTask(Task):
         return Example(prompt, (), None, answers=self._answers(row))
 
     def _label(self, value: Any) -> int | None:
-        if isinstance(value, str):
-            if value.strip() in self.names:
-                return self.names.index(value.strip())
-            raise ValueError(f"label {value!r} in column {self.target!r} is none of: {', '.join(self.names)}")
-        return class_index(value, len(self.names))
+        if isinstance(value, str) and value.strip() in self.names:
+            return self.names.index(value.strip())
+        try:
+            return class_index(value, len(self.names))
+        except ValueError as error:
+            named = f"label {value!r} in column {self.target!r} is none of: {', '.join(self.names)}"
+            raise ValueError(named if isinstance(value, str) else str(error)) from None
 
     def _answers(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         value = row.get(self.target)

@@ -1,0 +1,216 @@
+"""Lightning's CLI with the parts of this package, one more subcommand and short errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from zolightning import __version__
+from zolightning.callbacks import PredictionWriter, RunCheckpoint, RunLogger, RunProgress, RunReport, print_table
+from zolightning.export import export_model
+from zolightning.messages import reason
+from zolightning.modules import ZOModule
+
+
+class ZOArgumentParser(LightningArgumentParser):
+    """Errors give the reason, not pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Print the reason and leave with status 2."""
+        if not self.exit_on_error:
+            return super().error(message, ex)
+        sys.stderr.write(f"error: {reason(str(message))}\n")
+        sys.exit(2)
+
+    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Any:
+        """Read a configuration file; a complaint about its form names it."""
+        problem = None
+        try:
+            if not isinstance(yaml.safe_load(Path(path).read_text(encoding="utf-8")), dict):
+                problem = "it holds no settings, such as trainer: {max_steps: 100}"
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            problem = f"line {line}: {error.problem}"
+        except (yaml.YAMLError, UnicodeDecodeError):
+            problem = "it is no text in UTF-8"
+        return self.error(f"configuration {str(path)!r}: {problem}") if problem else super().parse_path(path, *arguments, **options)
+
+
+class ZOTrainer(Trainer):
+    """Lightning's Trainer with one more subcommand."""
+
+    def export(
+        self,
+        model: ZOModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str = "export",
+    ) -> None:
+        """Write the trained model as an ordinary Hugging Face folder.
+
+        Args:
+            model: The module.
+            datamodule: Names the task on the model card.
+            ckpt_path: Checkpoint with the trained weights, or "last" for the one of the run folder.
+            weights_only: Not used: checkpoints are always read as data, never as code.
+            output: Folder to write to.
+        """
+        model.configure_model()
+        checkpoint = None
+        if ckpt_path is not None:
+            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+            model.on_load_checkpoint(checkpoint)
+            model.load_blocks(checkpoint["state_dict"])
+        task = getattr(datamodule, "task", None)
+        export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown")
+        print(f"model        {output}")
+
+
+def check_checkpoint(path: Path, weights_only: bool) -> None:
+    """Refuse what is no whole checkpoint before anything is loaded for it.
+
+    Raises:
+        ValueError: It is not there, damaged (its checksums are read), or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        with ZipFile(path) as archive:
+            whole = archive.testzip() is None
+        content = torch.load(path, map_location="meta", weights_only=weights_only) if whole else None
+    except UnpicklingError as error:
+        raise ValueError(f"checkpoint {str(path)!r} holds more than data: --weights_only=false reads it if you trust it") from error
+    except (BadZipFile, RuntimeError, EOFError):
+        whole = False
+    if not whole or not isinstance(content, dict) or not {"state_dict", "global_step", "pytorch-lightning_version"} <= content.keys():
+        raise ValueError(f"checkpoint {str(path)!r} is damaged, or no checkpoint of a run")
+
+
+class RunConfig(SaveConfigCallback):
+    """``config.yaml`` in the run folder; only training writes it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: a run that is refused, at the latest by its set-up probe, must not replace the file of an earlier one."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        """Write the file after the first step."""
+        super().setup(trainer, pl_module, "fit")
+
+
+class ZOCLI(LightningCLI):
+    """``fit``, ``validate``, ``test``, ``predict`` and ``export`` from YAML; every part is replaceable by ``class_path``."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            ZOModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=ZOTrainer,
+            parser_class=ZOArgumentParser,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={
+                "default_root_dir": "runs/zolightning",
+                "devices": 1,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "log_every_n_steps": 10,
+            },
+            save_config_callback=RunConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "zolightning",
+                "version": __version__,
+                "description": "Fine-tune language models with forward passes only.",
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``export``."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Checkpoints lie in the run folder and can be set under ``checkpoint``."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    def before_instantiate_classes(self) -> None:
+        """Make sure that the run ends and that its folder can be written; find its last checkpoint."""
+        config = self.config[self.subcommand]
+        ends = (config.trainer.max_steps, config.trainer.max_epochs, config.trainer.max_time)
+        if self.subcommand == "fit" and ends == (-1, None, None) and not config.trainer.fast_dev_run:
+            raise ValueError("when does training end? set trainer.max_steps (or max_epochs, or max_time)")
+        folder = Path(config.trainer.default_root_dir or ".")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".write").touch()
+            (folder / ".write").unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write to trainer.default_root_dir={str(folder)!r}: {error.strerror}") from error
+        if config.get("ckpt_path") == "last":
+            last = folder / "checkpoints" / "last.ckpt"
+            config.ckpt_path = str(last) if last.exists() else None
+            if config.ckpt_path is None and self.subcommand == "fit":
+                print(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
+            elif config.ckpt_path is None:
+                raise ValueError(f"no checkpoint in {last.parent}")
+        elif config.get("ckpt_path") is None and self.subcommand != "fit":
+            print("no ckpt_path: this is the base model as it is", flush=True)
+        if "weights_only" in config and config.weights_only is None:
+            config.weights_only = True  # a checkpoint is data, never code
+        if config.get("ckpt_path"):
+            check_checkpoint(Path(config.ckpt_path), config.weights_only)
+        if "verbose" in config:
+            config.verbose = False  # the figures are printed once, below
+
+    def instantiate_classes(self) -> None:
+        """Refuse settings before any process is started for them."""
+        super().instantiate_classes()
+        self.model.check_trainer(self.trainer)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        folder = config.get("default_root_dir") or os.getcwd()
+        if config.get("logger") in (None, True):  # figures as CSV in the run folder
+            config["logger"] = RunLogger(folder, "metrics.csv" if self.subcommand == "fit" else f"{self.subcommand}.csv")
+        own: list[Any] = [RunReport(), PredictionWriter()]
+        if config.get("enable_progress_bar") is None and not any(isinstance(c, ProgressBar) for c in config.get("callbacks") or []):
+            config["enable_progress_bar"] = self.subcommand == "fit"
+            own = [RunProgress(), *own] if self.subcommand == "fit" else own
+        if config.get("enable_model_summary") is None:
+            config["enable_model_summary"] = False  # the report says what moves
+        return super()._instantiate_trainer(config, [*callbacks, *own])
+
+    def _parse_ckpt_path(self) -> None:
+        """The command line wins over the arguments that a checkpoint stores."""
+
+    def after_fit(self) -> None:
+        """Say so where there was nothing left to do."""
+        trainer = self.trainer
+        report = next(callback for callback in trainer.callbacks if isinstance(callback, RunReport))  # type: ignore[attr-defined]
+        if not report.started:
+            print(f"nothing to do: the checkpoint is at step {trainer.global_step}, trainer.max_steps={trainer.max_steps}")
+
+    def after_validate(self) -> None:
+        """Print the figures."""
+        self._print_figures("val/")
+
+    def after_test(self) -> None:
+        """Print the figures."""
+        self._print_figures("test/")
+
+    def _print_figures(self, prefix: str) -> None:
+        metrics = {name.removeprefix(prefix): float(value) for name, value in self.trainer.callback_metrics.items()}
+        print_table({}, metrics)
