@@ -18,9 +18,9 @@ from zolightning.spaces import Space
 
 
 class Teacher(ABC):
-    r"""Trains the weights over and over: each period starts at the pretrained weights, and its rate falls linearly to zero,
+    r"""Trains the weights over and over: each period starts at the pretrained weights, and its rate falls linearly to zero.
 
-    .. math:: \eta_t = \eta \left(1 - (t \bmod P) / P\right) .
+    .. math:: \eta_t = \eta \left(1 - (t \bmod P) / P\right)
 
     Args:
         lr: Learning rate at the start of a period.
@@ -28,7 +28,7 @@ class Teacher(ABC):
 
     Raises:
         ValueError: An argument is out of range.
-    """  # noqa: D415
+    """
 
     #: Loss evaluations of a step.
     forwards: int = 1
