@@ -111,6 +111,72 @@ def test_three_ways(tmp_path: Path, tiny_folder: str, monkeypatch: pytest.Monkey
     assert digests["plain loop"] == digests["command line"] == digests["user's subclass"] != digests["untrained"]
 
 
+def test_collect_statistics(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks, two places each; what is there is not measured again; the closed form takes the result."""
+    from safetensors import safe_open
+
+    from benchmarks import collect_statistics
+    from zolightning.modules.statistics import mean_statistics
+
+    films = [{"sentence": f"{word} film {i}", "label": int(word == "fine")} for i in range(30) for word in ("fine", "dull")]
+    reviews = [{"text": row["sentence"], "label": row["label"]} for row in films]
+    for task, rows in (("sst2", films), ("rotten_tomatoes", reviews)):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out"
+    command = [
+        "collect_statistics",
+        "--pretrained",
+        tiny_folder,
+        "--data",
+        str(tmp_path),
+        "--rows",
+        "4",
+        "--batches",
+        "2",
+        "--output",
+        str(output),
+    ]
+    for tasks in ("sst2", "sst2,rotten_tomatoes"):
+        monkeypatch.setattr(sys, "argv", [*command, "--tasks", tasks, "--trajectory", "3", "--points", "2", "--together", "4"])
+        collect_statistics.main()
+    found = collect_statistics.load(output / "statistics.jsonl")
+    assert list(found) == [("sst2", 0), ("sst2", 3), ("rotten_tomatoes", 0), ("rotten_tomatoes", 3)]
+    with safe_open(str(output / "statistics.safetensors"), "pt") as file:
+        assert json.loads(file.metadata()["names"]) == list(found["sst2", 0].names)
+        assert torch.equal(file.get_tensor("sst2/3/fisher"), found["sst2", 3].fisher)
+    assert not torch.equal(found["sst2", 0].fisher, found["sst2", 3].fisher)
+    mean = mean_statistics(list(found.values()), normalise=True)
+    assert float(mean.decrease_scales().max()) > 0
+
+
+def test_meta_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on a CPU too, where it measures time alone."""
+    from benchmarks import meta_memory
+
+    output = tmp_path / "memory.jsonl"
+    command = [
+        "meta_memory",
+        "--shape",
+        "tiny",
+        "--rows",
+        "2",
+        "--length",
+        "8",
+        "--steps",
+        "1",
+        "--dtype",
+        "float32",
+        "--output",
+        str(output),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    meta_memory.main()
+    (row,) = ledger.read(output)
+    assert row["weights"] > 0
+    assert row["seconds_per_step"] > 0
+
+
 def small_tasks(folder: Path) -> Path:
     """Rows of one task of each kind."""
     rows: dict[str, list[dict[str, Any]]] = {

@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AfterStep": "modules",
     "CandidateCrossEntropy": "objectives",
+    "ClosedForm": "modules",
     "DenseSpace": "spaces",
     "Estimator": "estimators",
+    "ExpectedDecrease": "modules",
     "GaussianSampler": "samplers",
+    "MetaObjective": "modules",
+    "MomentumSGD": "modules",
+    "MultiTaskDataModule": "tasks",
     "Objective": "objectives",
+    "OneCopySGD": "modules",
     "Policy": "policies",
+    "PolicyMetaTrainModule": "modules",
     "PolicySampler": "samplers",
     "RademacherSampler": "samplers",
     "Reward": "objectives",
@@ -27,12 +35,14 @@ _HOME = {
     "Space": "spaces",
     "Task": "tasks",
     "TaskDataModule": "tasks",
+    "Teacher": "modules",
     "TemplateTask": "tasks",
     "TokenCrossEntropy": "objectives",
     "TwoPoint": "estimators",
     "ZOFinetuneModule": "modules",
     "ZOModule": "modules",
     "ZOOptimizer": "optim",
+    "ZerothOrder": "modules",
 }
 
 __all__ = [*_HOME, "testing"]
@@ -41,6 +51,15 @@ if TYPE_CHECKING:
     import zolightning.testing as testing
     from zolightning.estimators import Estimator as Estimator
     from zolightning.estimators import TwoPoint as TwoPoint
+    from zolightning.modules import AfterStep as AfterStep
+    from zolightning.modules import ClosedForm as ClosedForm
+    from zolightning.modules import ExpectedDecrease as ExpectedDecrease
+    from zolightning.modules import MetaObjective as MetaObjective
+    from zolightning.modules import MomentumSGD as MomentumSGD
+    from zolightning.modules import OneCopySGD as OneCopySGD
+    from zolightning.modules import PolicyMetaTrainModule as PolicyMetaTrainModule
+    from zolightning.modules import Teacher as Teacher
+    from zolightning.modules import ZerothOrder as ZerothOrder
     from zolightning.modules import ZOFinetuneModule as ZOFinetuneModule
     from zolightning.modules import ZOModule as ZOModule
     from zolightning.objectives import CandidateCrossEntropy as CandidateCrossEntropy
@@ -57,6 +76,7 @@ if TYPE_CHECKING:
     from zolightning.samplers import Sampler as Sampler
     from zolightning.spaces import DenseSpace as DenseSpace
     from zolightning.spaces import Space as Space
+    from zolightning.tasks import MultiTaskDataModule as MultiTaskDataModule
     from zolightning.tasks import Task as Task
     from zolightning.tasks import TaskDataModule as TaskDataModule
     from zolightning.tasks import TemplateTask as TemplateTask

@@ -27,6 +27,7 @@ _QUIET = (
     r"Using ModelCheckpoint with manual optimization.*",  # pages of advice for another kind of training
     r".*was deprecated in v4.*",
     r".*skip_none parameter was deprecated.*",
+    r".*validation_step.* but have no .val_dataloader.*",  # several tasks in one run have none
 )
 
 

@@ -282,7 +282,7 @@ class TestCalibration:
 
     def test_needs_rows(self, tiny_folder: str, tmp_path: Path) -> None:
         module = make_module(tiny_folder, objective=CandidateCrossEntropy(calibrate=True))
-        with pytest.raises(ValueError, match=r"^calibrate=true needs training rows to fit on: set data.calibration_rows above 0$"):
+        with pytest.raises(ValueError, match=r"^candidate biases need training rows to fit on: set data.calibration_rows above 0$"):
             make_trainer(tmp_path).fit(module, film_data(tmp_path, calibration_rows=0))
 
 

@@ -76,4 +76,4 @@ class RunProgress(ProgressBar):
 
     @staticmethod
     def _forwards(pl_module: Any) -> int:
-        return int(pl_module.zo_optimizer.forwards)
+        return int(pl_module.forwards)

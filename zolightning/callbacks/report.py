@@ -50,8 +50,7 @@ class RunReport(Callback):
         self.started = time.perf_counter()
 
     def _estimate(self, trainer: Trainer, module: Any) -> None:
-        space, optimizer = module.space, module.zo_optimizer
-        forwards = len(optimizer.estimator.probes)
+        space, forwards = module.space, module.forwards_per_step
         steps = max(trainer.max_steps - trainer.global_step, 0) if trainer.max_steps > 0 else 0
         weights = sum(p.numel() * p.element_size() for p in module.language_model.parameters())
         hold = module.batch_objective().several_forwards
@@ -95,15 +94,15 @@ class RunReport(Callback):
         after = module.evaluate()
         if not trainer.is_global_zero:
             return
-        optimizer, folder = module.zo_optimizer, Path(trainer.default_root_dir)
+        folder = Path(trainer.default_root_dir)
         if trainer.logger is not None and after:
-            metrics = {f"val/{name}": value for name, value in after.items()} | {"train/forwards": float(optimizer.forwards)}
+            metrics = {f"val/{name}": value for name, value in after.items()} | {"train/forwards": float(module.forwards)}
             trainer.logger.log_metrics(metrics, step=trainer.global_step)
             write = trainer.logger.write if isinstance(trainer.logger, RunLogger) else trainer.logger.save
             write()
         took = time.perf_counter() - self.started
-        skipped = f", {optimizer.skipped} steps skipped" if optimizer.skipped else ""
-        print(f"\n{optimizer.steps:,} steps, {optimizer.forwards:,} forwards{skipped}, this time {_duration(took)}")
+        skipped = f", {module.skipped} steps skipped" if module.skipped else ""
+        print(f"\n{module.steps:,} steps, {module.forwards:,} forwards{skipped}, this time {_duration(took)}")
         print_table(self.before, after)
         logger = trainer.logger
         if isinstance(logger, RunLogger) and plot_run(logger.rows(), folder / "curves.png"):

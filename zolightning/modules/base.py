@@ -15,7 +15,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from zolightning.models import DType, load_model, load_tokenizer
-from zolightning.modules.evaluation import EVALUATIONS, CandidateEvaluation, Context, Evaluation, LossEvaluation, Prediction
+from zolightning.modules.evaluation import (
+    CALIBRATION,
+    EVALUATIONS,
+    CandidateEvaluation,
+    Context,
+    Evaluation,
+    LossEvaluation,
+    Prediction,
+    fitted_biases,
+)
 from zolightning.objectives import CandidateCrossEntropy, Objective, Reward, TokenCrossEntropy
 from zolightning.spaces import DenseSpace, Space
 
@@ -113,6 +122,26 @@ class ZOModule(pl.LightningModule):
         self.language_model.eval()
 
     @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return int(self.trainer.global_step)
+
+    @property
+    def forwards(self) -> int:
+        """Loss evaluations so far."""
+        raise NotImplementedError
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Loss evaluations of a step."""
+        raise NotImplementedError
+
+    @property
+    def skipped(self) -> int:
+        """Steps that changed nothing because a loss was not finite."""
+        return 0
+
+    @property
     def data(self) -> Any:
         """The run's data module, if it has one."""
         return getattr(self.trainer, "datamodule", None)
@@ -158,6 +187,17 @@ class ZOModule(pl.LightningModule):
             for batch in itertools.islice(batches, count):
                 evaluation.update(self.language_model, move_data_to_device(batch, self.device), loader)
         return evaluation.figures()
+
+    def fit_candidate_biases(self, data: Any) -> Tensor:
+        """Candidate biases on the calibration rows of a data module, at the present weights.
+
+        Raises:
+            ValueError: It has no such rows.
+        """
+        loaders = data.val_dataloader() if data is not None else []
+        if len(loaders) < 2:
+            raise ValueError("candidate biases need training rows to fit on: set data.calibration_rows above 0")
+        return fitted_biases(self.language_model, loaders[CALIBRATION], self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the figures of the last pass."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from zolightning.objectives.base import Objective
@@ -208,6 +209,15 @@ class LossEvaluation(Evaluation):
             return {}
         loss, weight = (sum(part) for part in zip(*self._loss, strict=True))
         return {"loss": float(loss / weight)}
+
+
+@torch.no_grad()
+def fitted_biases(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Tensor:
+    """Candidate biases that fit these rows best: float32, ``[K]``, on the device."""
+    evaluation = CandidateEvaluation()
+    for batch in batches:
+        evaluation.update(model, move_data_to_device(batch, device), CALIBRATION)
+    return fit_biases(*evaluation.calibration_rows()).to(device, torch.float32)
 
 
 #: By the way a task is trained.

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from zolightning.estimators import Estimator, TwoPoint
 from zolightning.models import DEMO_EPS, DEMO_LR, DType
 from zolightning.modules.base import ZOModule
-from zolightning.modules.evaluation import CALIBRATION, CandidateEvaluation
-from zolightning.objectives import CandidateCrossEntropy, Objective, fit_biases
+from zolightning.objectives import CandidateCrossEntropy, Objective
 from zolightning.optim import ZOOptimizer
 from zolightning.samplers import GaussianSampler, Sampler
 from zolightning.spaces import DenseSpace, Space
@@ -94,7 +92,7 @@ class ZOFinetuneModule(ZOModule):
         if self.data is not None and hasattr(self.data, "train_examples"):
             objective.prepare(self.tokenizer, self.data.train_examples)
         if isinstance(objective, CandidateCrossEntropy) and objective.calibrate and objective.biases is None:
-            objective.biases = self._fit_biases()
+            objective.biases = self.fit_candidate_biases(self.data)
 
     def _prefer_own_settings(self) -> None:
         """The arguments of this run win over those that a checkpoint stores; a schedule goes on at its place."""
@@ -109,16 +107,21 @@ class ZOFinetuneModule(ZOModule):
             _scale_schedule(self.lr_schedulers(), factor)
         group.update({name: own[name] for name in ("eps", "seed", "base_lr")})
 
-    @torch.no_grad()
-    def _fit_biases(self) -> Tensor:
-        """Candidate biases on the data module's calibration rows."""
-        loaders = self.data.val_dataloader() if self.data is not None else []
-        if len(loaders) < 2:
-            raise ValueError("calibrate=true needs training rows to fit on: set data.calibration_rows above 0")
-        evaluation = CandidateEvaluation()
-        for batch in loaders[CALIBRATION]:
-            evaluation.update(self.language_model, move_data_to_device(batch, self.device), CALIBRATION)
-        return fit_biases(*evaluation.calibration_rows()).to(self.device, torch.float32)
+    @property
+    def steps(self) -> int:
+        return self.zo_optimizer.steps
+
+    @property
+    def forwards(self) -> int:
+        return self.zo_optimizer.forwards
+
+    @property
+    def forwards_per_step(self) -> int:
+        return len(self.estimator.probes)
+
+    @property
+    def skipped(self) -> int:
+        return self.zo_optimizer.skipped
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on one batch, whatever the number of directions."""

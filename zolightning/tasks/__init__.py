@@ -3,6 +3,7 @@
 from .base import Example, Task
 from .data import TaskDataModule
 from .encoding import Collator, Encoded, encode, encode_example
+from .multi import MultiTaskDataModule
 from .registry import TASKS, get_task
 from .steps import StepKeyedSampler
 from .template import TemplateTask
@@ -12,6 +13,7 @@ __all__ = [
     "Collator",
     "Encoded",
     "Example",
+    "MultiTaskDataModule",
     "StepKeyedSampler",
     "Task",
     "TaskDataModule",

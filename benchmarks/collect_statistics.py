@@ -1,0 +1,129 @@
+r"""Statistics of every block on several tasks: signal, noise and curvature, along a teacher's path.
+
+    python -m benchmarks.collect_statistics --pretrained FOLDER --data DATA --tasks sst2,rte,boolq --rows 16 --batches 16 \
+        --biases fitted --trajectory 60 --points 3 --output runs/statistics
+
+Each task starts at the pretrained weights. At ``points`` places of a path of ``trajectory`` steps it measures ``batches`` batches of
+``rows`` rows: ``G`` without bias, ``E||g_B||^2`` and ``F`` (see zolightning.modules.statistics). ``statistics.safetensors`` holds
+``TASK/STEP/{gradient,batch,fisher}``, shape [blocks], with the blocks' names in its metadata; ``statistics.jsonl`` one row per task and
+place with the same numbers by name. Tasks and places that are there already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from safetensors.torch import save_file
+
+from benchmarks import ledger
+from zolightning import CandidateCrossEntropy, DenseSpace, OneCopySGD, TaskDataModule
+from zolightning.models import load_model, load_tokenizer
+from zolightning.modules.base import OBJECTIVES
+from zolightning.modules.evaluation import CALIBRATION, fitted_biases
+from zolightning.modules.per_row import RowNorms
+from zolightning.modules.statistics import BlockStatistics, collect_statistics
+
+_FIELDS = ("gradient", "batch", "fisher")
+
+
+def main() -> None:
+    arguments = parse()
+    path = arguments.output / "statistics.jsonl"
+    places = [round(arguments.trajectory * i / max(arguments.points - 1, 1)) for i in range(arguments.points)]
+    for task in arguments.tasks.split(","):
+        missing = [place for place in places if (task, place) not in load(path)]
+        if missing:
+            for row in measure(task, places, missing, arguments):
+                ledger.append(path, row)
+                ratio = row["fisher_sum"] / max(row["gradient_sum"], 1e-30)
+                print(f"{task} step {row['step']}: loss {row['loss']:.4f}, G {row['gradient_sum']:.3g}, F/G {ratio:.1f}, "
+                      f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
+    found = load(path)
+    tensors = {f"{task}/{step}/{field}": getattr(s, field).clone() for (task, step), s in found.items() for field in _FIELDS}
+    names = json.dumps(next(iter(found.values())).names)
+    save_file(tensors, arguments.output / "statistics.safetensors", metadata={"names": names})
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", required=True, help="folder or hub id of the model; demo: the one that comes with the package")
+    parser.add_argument("--data", type=Path, required=True, help="folder with TASK/train.jsonl or TASK/train.jsonl.gz")
+    parser.add_argument("--tasks", required=True, help="short names, by commas")
+    parser.add_argument("--rows", type=int, default=16, help="rows a batch")
+    parser.add_argument("--batches", type=int, default=16, help="batches at each place")
+    parser.add_argument("--together", type=int, default=16, help="rows whose own gradients are taken in one backward")
+    parser.add_argument("--biases", choices=("fitted", "none"), default="fitted", help="candidate biases refitted at each place")
+    parser.add_argument("--trajectory", type=int, default=0, help="steps of the teacher")
+    parser.add_argument("--points", type=int, default=1, help="places on its path, first and last step included")
+    parser.add_argument("--teacher-lr", type=float, default=1e-3, help="of gradient descent, every block's gradient clipped to 1")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--num-train", type=int, default=1000, help="training rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice and order of the rows")
+    parser.add_argument("--output", type=Path, default=Path("runs/statistics"), help="folder for the results")
+    return parser.parse_args()
+
+
+def measure(task: str, places: list[int], missing: list[int], arguments: argparse.Namespace) -> Iterator[ledger.Row]:
+    """One row for each missing place on the path of a task."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(arguments.pretrained, arguments.dtype, device)
+    file = next(path for name in ("train.jsonl", "train.jsonl.gz") if (path := arguments.data / task / name).exists())
+    data = TaskDataModule(
+        task, str(file), batch_size=arguments.rows, num_train=arguments.num_train, num_validation=32, max_length=arguments.max_length,
+        seed=arguments.seed, tokenizer=load_tokenizer(arguments.pretrained),
+    )  # fmt: skip
+    data.setup("fit")
+    space, objective = DenseSpace(model), OBJECTIVES[data.objective]()
+    teacher = OneCopySGD(arguments.teacher_lr, reset_every=arguments.trajectory + 1)
+    norms = RowNorms(space, arguments.together)
+
+    def batch(t: int) -> Any:
+        return move_data_to_device(data.train_batch(t), device)
+
+    step = 0
+    for number, place in enumerate(places):
+        while step < place:
+            teacher.step(space, objective.on(model, batch(step)), step, arguments.seed)
+            step += 1
+        if place not in missing:
+            continue
+        start, first = time.perf_counter(), arguments.trajectory + number * arguments.batches  # rows that no other place has seen
+        if arguments.biases == "fitted" and isinstance(objective, CandidateCrossEntropy):
+            objective.biases = None
+            objective.biases = fitted_biases(model, data.val_dataloader()[CALIBRATION], device)
+        chosen = [batch(first + i) for i in range(arguments.batches)]
+        with torch.no_grad():
+            loss = sum(float(objective.on(model, part)()) for part in chosen) / len(chosen)
+        found = collect_statistics(space, objective, chosen, row_norms_of=norms)
+        yield describe(task, place, loss, found, time.perf_counter() - start, arguments)
+
+
+def describe(task: str, step: int, loss: float, found: BlockStatistics, seconds: float, arguments: argparse.Namespace) -> ledger.Row:
+    """What is measured, by name, and how."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("output", "tasks")}
+    sums = {f"{field}_sum": float(getattr(found, field).sum()) for field in _FIELDS}
+    blocks = {name: [float(getattr(found, field)[i]) for field in _FIELDS] for i, name in enumerate(found.names)}
+    how = {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
+    return {"task": task, "step": step, "loss": loss, "rows": found.rows, "batch_size": found.batch_size, **sums,
+            "seconds": round(seconds, 2), "settings": settings, **how, "blocks": blocks}  # fmt: skip
+
+
+def load(path: Path) -> dict[tuple[str, int], BlockStatistics]:
+    """The statistics of a ledger, by task and step."""
+    out: dict[tuple[str, int], BlockStatistics] = {}
+    for row in ledger.read(path):
+        fields = dict(zip(_FIELDS, torch.tensor(list(row["blocks"].values()), dtype=torch.float64).t().contiguous(), strict=True))
+        out[row["task"], row["step"]] = BlockStatistics(tuple(row["blocks"]), **fields, rows=row["rows"], batch_size=row["batch_size"])
+    return out
+
+
+if __name__ == "__main__":
+    main()
