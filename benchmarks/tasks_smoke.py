@@ -26,6 +26,7 @@ from torch import nn
 from benchmarks import ledger
 from zolightning.cli import main as zolightning
 from zolightning.models import load_model
+from zolightning.modules import ZOModule
 from zolightning.objectives.candidate import candidate_scores, spread
 from zolightning.objectives.forward import scored_log_probs
 from zolightning.tasks import TASKS, Example, TaskDataModule
@@ -68,12 +69,12 @@ def plain_score(model: nn.Module, tokenizer: Any, prompt: str, continuation: str
 
 
 @torch.no_grad()
-def score_error(model: nn.Module, data: TaskDataModule, rows: int = 4) -> float:
+def score_error(module: ZOModule, data: TaskDataModule, rows: int = 4) -> float:
     """Largest difference between the scores of a batch and plain ones, over the first validation rows, in float32.
 
     Where one forward scores all candidates, scores are known up to a constant, so log-softmaxes are compared.
     """
-    model = model.float()
+    model = module.language_model.float()
     batch = move_data_to_device(next(iter(data.val_dataloader()[0])), next(model.parameters()).device)
     if "candidates" in batch:
         table = candidate_scores(model, batch)
@@ -85,7 +86,7 @@ def score_error(model: nn.Module, data: TaskDataModule, rows: int = 4) -> float:
         example: Example = data.validation_examples[index]
         tails = example.candidates or (f" {example.answers[0]}\n",)
         prompts = example.prompts or (example.prompt,) * len(tails)
-        plain = [plain_score(model, data._find_tokenizer(), p, c, data.max_length) for p, c in zip(prompts, tails, strict=True)]
+        plain = [plain_score(model, module.tokenizer, p, c, data.max_length) for p, c in zip(prompts, tails, strict=True)]
         own, other = row[: len(tails)].double().cpu(), torch.tensor(plain, dtype=torch.float64)
         if "candidates" in batch:
             own, other = own.log_softmax(0), other.log_softmax(0)
@@ -120,7 +121,7 @@ def run_task(task: str, options: argparse.Namespace, base: nn.Module) -> ledger.
         zolightning(["predict", *common, "--ckpt_path=last"])
         predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
         took = time.perf_counter() - start
-        wrong = score_error(checked.model.language_model, checked.datamodule)
+        wrong = score_error(checked.model, checked.datamodule)
         tokens = tokens_per_row(fitted.datamodule)
     expected = len(checked.datamodule.validation_examples)
     problems = [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import re
 from pathlib import Path
 
 import torch
@@ -27,6 +30,18 @@ def test_size_and_licence() -> None:
     rows = data()
     assert len(rows.validation_examples) >= 500
     assert not {example.prompt for example in rows.train_examples} & {example.prompt for example in rows.validation_examples}
+
+
+def test_unseen_rows() -> None:
+    """No validation row is one of those on which the quickstart's settings were chosen, nor shares eight words in a row with one."""
+    runs = []
+    for name in ("tuning", "validation"):
+        lines = gzip.decompress((DEMO / "data" / f"{name}.jsonl.gz").read_bytes()).decode().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        words = [re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text) for text in texts]
+        runs.append({tuple(text[i : i + 8]) for text in words for i in range(len(text) - 7)})
+    assert len(runs[0]) > 640 < len(runs[1])
+    assert not runs[0] & runs[1]
 
 
 def test_balanced_and_one_forward() -> None:

@@ -59,7 +59,13 @@ def main(args: list[str] | None = None) -> ZOCLI:
 
 def run() -> None:
     """The console script: its exit status is what this returns, so nothing."""
-    main()
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code == 0:  # help, a version or a configuration was printed, nothing started: taking modules apart costs a second
+            sys.stdout.flush()
+            os._exit(0)
+        raise
 
 
 def be_quiet() -> None:
