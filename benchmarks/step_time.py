@@ -232,7 +232,7 @@ def chart(rows: list[ledger.Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.4), layout="constrained")
     labels = [f"{row['shape']}, T={row['tokens']}, {row['dtype']}, {row['sampler']}" for row in rows]
     left = [0.0] * len(rows)
     for name in ("perturb", "update", "rest"):
@@ -241,7 +241,7 @@ def chart(rows: list[ledger.Row], path: Path) -> None:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.axvline(1, color="gray", linestyle=":", label="limit: two captured plain forwards")
     axes.set(xlabel="time of a step / limit")
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
 
 
