@@ -60,8 +60,8 @@ def arguments(task: str, options: argparse.Namespace, folder: Path) -> list[str]
 @torch.no_grad()
 def plain_score(model: nn.Module, tokenizer: Any, prompt: str, continuation: str, max_length: int) -> float:
     """Mean log-probability of a continuation: one sequence, no padding, no cache, nothing shared with the package's own code."""
-    ids = tokenizer((prompt + continuation).strip(" "))["input_ids"]
-    scored = len(ids) - len(tokenizer(prompt.strip(" "))["input_ids"])
+    ids = tokenizer((prompt + continuation).strip(" "), verbose=False)["input_ids"]
+    scored = len(ids) - len(tokenizer(prompt.strip(" "), verbose=False)["input_ids"])
     ids = ids if len(ids) <= max_length else ids[:1] + ids[1 - max_length :]
     table = torch.tensor([ids], device=next(model.parameters()).device)
     log_probs = model(input_ids=table).logits[0, -scored - 1 : -1].log_softmax(-1)
