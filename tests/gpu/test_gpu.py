@@ -62,6 +62,20 @@ def test_fused_passes(kind: type[Noise], dtype: torch.dtype) -> None:
         assert bits(there) == bits(w)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.013, 0.5, 0.9])
+def test_rounding_is_unbiased(dtype: torch.dtype, share: float) -> None:
+    """Ten million weights of 1, shrunk by a share of the distance to their neighbour: the mean is right to four standard errors."""
+    pytest.importorskip("triton")
+    numel, unit = 10_000_000, torch.finfo(dtype).eps / 2  # below 1 the spacing is half of eps
+    w, rate = torch.ones(numel, dtype=dtype, device=CUDA), float(torch.tensor(share * unit))
+    kernels.update(w, torch.zeros(1, device=CUDA), [GaussianNoise(Key(3, 4, 5))], rate, torch.tensor(True, device=CUDA))
+    exact = float(torch.tensor(1.0) - torch.tensor(rate))
+    error = unit * (share * (1 - share) / numel) ** 0.5
+    assert abs(float(w.double().mean()) - exact) < 4 * error + unit * 2.0**-13
+    assert w.unique().numel() == 2
+
+
 def test_noise_far_into_a_large_tensor() -> None:
     """Elements beyond 2**31 (a block of 4.6 GB) have the noise of their index."""
     pytest.importorskip("triton")

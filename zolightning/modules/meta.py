@@ -302,8 +302,7 @@ class PolicyMetaTrainModule(ZOModule):
         self._forwards = restored["forwards"]
         self.teacher.load_state(self.space, restored["teacher"])
         self.meta_objective.load_state(restored["objective"])
-        for name, tensor in self.sampler.state().items():
-            tensor.copy_(restored["sampler"][name])
+        self.sampler.load_state(restored["sampler"])
         for objective, biases in zip(self.objectives, restored["biases"], strict=True):
             if biases is not None:
                 objective.biases = biases.to(self.device)  # type: ignore[attr-defined]

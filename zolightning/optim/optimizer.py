@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -109,6 +109,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._on_device = (lr, 0)  # what these two hold
         self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
         self._graphs = StepGraphs(self._compute)
+        self._side = torch.cuda.Stream(space.device) if space.device.type == "cuda" else None
 
     @property
     def forwards(self) -> int:
@@ -182,13 +183,26 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.space.move(directions, weights, shrink, valid)
             return losses, coefficients
         with uninterrupted():  # the weights and their step counter move together
+            with self._beside():
+                self.sampler.observe(losses)
             self.space.move(directions, weights, shrink, valid)
-            self.sampler.observe(losses)
+            self._join()
             self._skipped.count(valid)
             self._clock.add_(1)
             if not form.captured:
                 self._count_step()
         return losses, coefficients
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """What is launched inside runs beside what is launched after it, until :meth:`_join`."""
+        if self._side is None:
+            return nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream(self.space.device))
+        return torch.cuda.stream(self._side)
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.space.device).wait_stream(self._side)
 
     def _count_step(self) -> None:
         group = self.param_groups[0]
@@ -272,13 +286,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         saved, own = sum(len(group["params"]) for group in state_dict["param_groups"]), len(self.space.blocks)
         if saved != own:
             raise ValueError(f"the optimizer state is of {saved} blocks, this space has {own}: a checkpoint of another model?")
-        state, tensors = state_dict["state"], self.sampler.state()
-        if state["sampler"].keys() != tensors.keys():
-            raise ValueError(f"the optimizer state is of another sampler than {type(self.sampler).__name__}")
+        state = state_dict["state"]
+        self.sampler.load_state(state["sampler"])
         super().load_state_dict({**state_dict, "state": {}})
         self._skipped.counts.copy_(state["skipped"])
-        for name, tensor in tensors.items():
-            tensor.copy_(state["sampler"][name])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,6 +91,7 @@ class Sampler(ABC):
     def observe(self, losses: Tensor) -> None:  # noqa: B027
         """Called after the probes of every step, with their losses in the order of the estimator's probes.
 
+        On a GPU it runs beside the update of the weights, so it must not look at them.
         A sampler that learns from them writes its tensors in place. Like :meth:`scales` this may be captured in a CUDA graph: it
         must not wait for the device, and losses that are not finite must leave the tensors as they are.
         """
@@ -98,3 +99,15 @@ class Sampler(ABC):
     def state(self) -> dict[str, Tensor]:
         """The tensors that :meth:`observe` and :meth:`refresh` write; they are part of a checkpoint."""
         return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a checkpoint, in place.
+
+        Raises:
+            ValueError: They are those of another kind of sampler.
+        """
+        own = self.state()
+        if state.keys() != own.keys():
+            raise ValueError(f"the optimizer state is of another sampler than {type(self).__name__}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])

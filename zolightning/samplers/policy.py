@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -55,29 +57,51 @@ class PolicySampler(Sampler):
         self.policy = self._unbound.bind(infos, self.match).to(device)
         #: What the policy sees.
         self.features = Features(infos, device, torch.float64 if wide else torch.float32)
-        self.features.measure(block.tensor for block in self.blocks)
-        scales = self.scales()
+        self._raw = torch.ones_like(self.features.sigma)
+        self._scales = torch.ones(len(self.blocks), dtype=torch.float32, device=device)
+        self._expected = 0  # the step for which the scales are ready
+        self._measure()
+        scales = self._scales
         if not bool(torch.isfinite(scales).all()) or not bool((scales > 0).any()):
             raise ValueError(f"the policy gives no usable scales: they range from {scales.min():g} to {scales.max():g}")
 
     def noise(self, block: Block, key: Key) -> Noise:
         return self.base.noise(block, key)
 
-    @torch.no_grad()
     def scales(self) -> Tensor:
-        return self.policy.normalise(self.policy(self.features)).to(torch.float32)
+        return self._scales.clone()
 
     @torch.no_grad()
     def observe(self, losses: Tensor) -> None:
+        """Take note of the losses and get the scales of the next step ready, while the weights are being moved."""
         self.base.observe(losses)
-        self.features.observe(losses, self.policy(self.features))  # the raw scales are still those of the step
+        self.features.observe(losses, self._raw)
+        self.features.step.add_(1)
+        self._compute()
 
     @torch.no_grad()
     def refresh(self, step: int) -> None:
         self.base.refresh(step)
         self.features.step.fill_(step)
         if step % self.refresh_every == 0:
-            self.features.measure(block.tensor for block in self.blocks)
+            self._measure()
+        elif step != self._expected:  # the first step of a resumed run, or one that is taken again
+            self._compute()
+        self._expected = step + 1
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        self._expected = -1
+
+    def _measure(self) -> None:
+        self.features.measure(block.tensor for block in self.blocks)
+        self._compute()
+
+    def _compute(self) -> None:
+        """The scales that follow from the features, into tensors that stay."""
+        self._raw.copy_(self.policy(self.features))
+        self._scales.copy_(self.policy.normalise(self._raw))
 
     def state(self) -> dict[str, Tensor]:
         return {**self.features.state(), **{f"base.{name}": tensor for name, tensor in self.base.state().items()}}
