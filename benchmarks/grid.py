@@ -117,6 +117,7 @@ def execute(run: Run) -> str:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method, task = run.settings["method"], dict(run.settings["task"])
+    new_tokens = task.pop("max_new_tokens", None)
     if run.stage == "search":
         task |= {"validation_file": None, "num_validation": 500}  # held-out training rows choose the learning rate
     data = TaskDataModule(**task, seed=run.seed, tokenizer=load_tokenizer(run.settings["model"]))
@@ -139,18 +140,18 @@ def execute(run: Run) -> str:
         seconds += time.perf_counter() - start
         row = {name: getattr(run, name) for name in _FIELDS}
         row |= {"forwards": stepper.forwards, "tokens": tokens, "seconds": round(seconds, 2)}
-        row |= {name: round(value, 6) for name, value in evaluate(model, data, device).items()}
+        row |= {name: round(value, 6) for name, value in evaluate(model, data, device, new_tokens).items()}
         row |= {"final": target == run.forwards_asked, "machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
         ledger.append(Path(run.settings["ledger"]), row)
     return f"{run.stage} {run.method} {run.task} seed {run.seed} lr {run.lr:g}: loss {row['loss']:.4f}, {row['seconds']:.0f} s"
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, data: Any, device: torch.device) -> dict[str, float]:
-    """Figures on all validation rows."""
+def evaluate(model: torch.nn.Module, data: Any, device: torch.device, new_tokens: int | None = None) -> dict[str, float]:
+    """Figures on all validation rows; answers are cut after ``new_tokens``, where given."""
     from zolightning.modules.evaluation import EVALUATIONS, Context
 
-    context = Context(data.validation_examples, data.tokenizer, data.task.max_new_tokens, data.metric)
+    context = Context(data.validation_examples, data.tokenizer, new_tokens or data.task.max_new_tokens, data.metric)
     evaluation = EVALUATIONS[data.objective](context)
     for loader, batches in enumerate(data.val_dataloader()):
         for batch in batches:

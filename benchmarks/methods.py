@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.textbook import Textbook
-from zolightning import DenseSpace, TwoPoint, ZOOptimizer, samplers
+from zolightning import DenseSpace, PolicySampler, TwoPoint, ZOOptimizer, samplers
 
 
 class Stepper(Protocol):
@@ -23,6 +26,56 @@ class Stepper(Protocol):
 def exact(model: nn.Module, lr: float, seed: int, eps: float = 1e-3, sampler: str = "GaussianSampler", queries: int = 1) -> ZOOptimizer:
     """Read-only probes and stochastic rounding, uniform scales."""
     return ZOOptimizer(DenseSpace(model), getattr(samplers, sampler)(), TwoPoint(queries), lr=lr, eps=eps, seed=seed)
+
+
+def policy(model: nn.Module, lr: float, seed: int, policy: str, curvature: str, eps: float = 1e-3) -> ZOOptimizer:
+    r"""Read-only probes with the scales of a policy, at a learning rate that means the same for all of them.
+
+    One absolute rate cannot serve uniform and concentrated scales: the noise of a step grows with :math:`\eta \sum_i \sigma_i^2 F_i`. So
+    ``lr`` is that product, in units in which uniform scales have :math:`\eta` itself.
+
+    Args:
+        model: The network.
+        lr: Learning rate in those units.
+        seed: Seed of the directions.
+        policy: File of the policy.
+        curvature: File with every block's share of the total curvature (``benchmarks.make_policies``).
+        eps: Probe distance.
+    """
+    sampler = PolicySampler(policy)
+    optimizer = ZOOptimizer(DenseSpace(model), sampler, TwoPoint(), lr=lr, eps=eps, seed=seed)
+    shares = json.loads(Path(curvature).read_text(encoding="utf-8"))
+    scales = sampler.scales().double().cpu()
+    cost = sum(float(scale) ** 2 * shares[block.name] for scale, block in zip(scales, optimizer.space.blocks, strict=True))
+    optimizer.param_groups[0]["lr"] = lr / cost
+    return optimizer
+
+
+class FirstOrder:
+    """Adam with a backward pass: shows how much there is to learn. A step counts as two forwards, to take as many as the others.
+
+    Args:
+        model: The network; float32.
+        lr: Learning rate.
+    """
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        self.forwards = 0
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """One step; returns the loss."""
+        self.optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        self.optimizer.step()
+        self.forwards += 2
+        return loss.detach()
+
+
+def adam(model: nn.Module, lr: float, seed: int) -> FirstOrder:
+    """First-order Adam."""
+    return FirstOrder(model, lr)
 
 
 def textbook(model: nn.Module, lr: float, seed: int, eps: float = 1e-3) -> Textbook:

@@ -1,0 +1,102 @@
+"""From statistics to the policies that a comparison needs, and the methods that use them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nets import tiny
+from torch import Tensor
+
+from benchmarks import ledger, make_policies, methods, shapes, step_time
+from zolightning.modules.statistics import BlockStatistics
+from zolightning.objectives import CandidateCrossEntropy
+from zolightning.policies import Policy
+from zolightning.spaces import DenseSpace
+
+
+def row(task: str, names: list[str], factor: float) -> ledger.Row:
+    """Statistics in which later blocks have more signal for their curvature."""
+    blocks = {name: [factor * (i + 1), 2 * factor * (i + 1), factor * 10.0] for i, name in enumerate(names)}
+    return {"task": task, "step": 0, "rows": 8, "batch_size": 4, "blocks": blocks}
+
+
+@pytest.fixture
+def made(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Policies of the tiny model, from two tasks of very different size."""
+    from zolightning.models import load_model
+
+    names = [block.name for block in DenseSpace(load_model(tiny_folder, "bfloat16")).blocks]
+    for task, factor in (("a", 1.0), ("b", 1000.0), ("unused", -1.0)):
+        ledger.append(tmp_path / "statistics.jsonl", row(task, names, factor))
+    command = ["make_policies", "--statistics", str(tmp_path / "statistics.jsonl"), "--pretrained", tiny_folder, "--tasks", "a,b"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "policies")])
+    make_policies.main()
+    return tmp_path / "policies"
+
+
+def test_policies(made: Path) -> None:
+    """Each says how it was made; powers concentrate; the shares of curvature are one in all."""
+    shares = json.loads((made / "curvature.json").read_text())
+    assert sum(shares.values()) == pytest.approx(1)
+    closed, power = (Policy.from_pretrained(made / f"{name}.safetensors") for name in ("closed_form", "power_2"))
+    assert closed.trained["tasks"] == ["a", "b"]
+    ratio = closed.values.square() / closed.values.square().max()  # type: ignore[operator]
+    assert torch.allclose(ratio, torch.arange(1, len(shares) + 1) / len(shares))
+    assert torch.allclose(power.values.square() / power.values.square().max(), ratio**2)  # type: ignore[operator]
+    assert {path.stem for path in made.glob("*.safetensors")} >= {
+        "uniform",
+        "untrained",
+        "upper_half",
+        "upper_ratio",
+        "power_3",
+        "decrease",
+    }
+
+
+def test_rates_mean_the_same(made: Path, tiny_folder: str) -> None:
+    """The sum of rate times scale squared times curvature is the rate asked for, whatever the policy."""
+    from zolightning.models import load_model
+
+    shares = json.loads((made / "curvature.json").read_text())
+    for name in ("uniform", "closed_form", "power_3"):
+        model = load_model(tiny_folder, "float32")
+        optimizer = methods.policy(model, 1e-3, 0, str(made / f"{name}.safetensors"), str(made / "curvature.json"))
+        names = [block.name for block in optimizer.space.blocks]
+        cost = sum(float(s) ** 2 * shares[n] for s, n in zip(optimizer.sampler.scales(), names, strict=True))
+        assert optimizer.param_groups[0]["lr"] * cost == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_pool_weighs_tasks_by_their_signal() -> None:
+    one = BlockStatistics(("a", "b"), torch.tensor([1.0, 0.0]), torch.ones(2), torch.tensor([5.0, 5.0]), 4, 2)
+    large = BlockStatistics(("a", "b"), torch.tensor([0.0, 100.0]), torch.ones(2), torch.tensor([500.0, 500.0]), 4, 2)
+    pooled = make_policies.pool([one, large])
+    assert pooled.gradient.tolist() == pytest.approx([0.05, 0.05])
+    assert pooled.fisher.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_first_order() -> None:
+    """Adam goes down."""
+    model = tiny("llama")
+    batch = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.int64)}
+    bound = CandidateCrossEntropy().on(model, {**batch, "candidates": torch.tensor([[5, 6], [5, 6]]), "label": torch.tensor([0, 1])})
+    stepper = methods.adam(model, 1e-2, 0)
+    losses: list[Tensor] = [stepper.step(bound) for _ in range(10)]
+    assert float(losses[-1]) < float(losses[0]) - 0.1
+    assert stepper.forwards == 20
+
+
+def test_step_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs on a CPU too; the rows have the columns that are promised."""
+    monkeypatch.setattr("sys.argv", ["step_time", "--shapes", "tiny", "--tokens", "8", "--dtypes", "float32", "--out", str(tmp_path)])
+    step_time.main()
+    result = json.loads((tmp_path / "step_time.json").read_text())
+    columns = {"shape", "tokens", "dtype", "sampler", "limit_ms", "textbook_ms", "ours_ms", "peak_over_weights"}
+    assert [row["sampler"] for row in result["rows"]] == ["gaussian", "rademacher"]
+    assert all(columns <= row.keys() and row["ours_ms"] > 0 for row in result["rows"])
+    assert (tmp_path / "step_time.png").stat().st_size > 1000
+    assert "tiny" in capsys.readouterr().out
+    assert set(shapes.SHAPES) >= {"smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "opt-13b"}
