@@ -66,17 +66,24 @@ def log(u):
 
 @triton.jit
 def cos_sin(word):
-    """Cosine and sine of ``2 pi word / 2**32``."""
-    quadrant = ((word >> 29) + 1) >> 1
-    f = (word - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * _TO_ANGLE
+    """Cosine and sine of ``2 pi word / 2**32``.
+
+    The two top bits of ``turned`` are the quadrant: its odd bit swaps the polynomials, its even one is the sign of the sine.
+    """
+    turned = word + tl.full((), 0x20000000, tl.uint32)
+    f = ((turned & 0x3FFFFFFF) - tl.full((), 0x20000000, tl.uint32)).to(tl.int32, bitcast=True).to(tl.float32) * _TO_ANGLE
     z = f * f
     s = ((z * _S0 + _S1) * z + _S2) * z * f + f
     c = ((z * _C0 + _C1) * z + _C2) * z * z - z * 0.5 + 1.0
-    odd = (quadrant & 1) != 0
-    cos = tl.where(odd, s, c)
-    sin = tl.where(odd, c, s)
-    cos = tl.where(((quadrant + 1) & 2) != 0, -cos, cos)
-    return cos, tl.where((quadrant & 2) != 0, -sin, sin)
+    odd = (turned & 0x40000000) != 0
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    return _flip(cos, turned + tl.full((), 0x40000000, tl.uint32)), _flip(sin, turned)
+
+
+@triton.jit
+def _flip(value, sign):
+    """The value with its sign changed where the top bit of ``sign`` is set."""
+    return (value.to(tl.uint32, bitcast=True) ^ (sign & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
