@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from zolightning.kernels.noise import draw, rounding_bits, weave
-from zolightning.kernels.rounding import HALF_TINY
+from zolightning.kernels.rounding import HALF_INFINITY, HALF_NAN, TO_HALF
 from zolightning.noise import Noise
 
-_HALF_TINY = tl.constexpr(HALF_TINY)
+_TO_HALF = tl.constexpr(TO_HALF)
+_HALF_INFINITY, _HALF_NAN = tl.constexpr(HALF_INFINITY), tl.constexpr(HALF_NAN)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _OCTETS = 256  # octets (8 elements) of a program
 _WARPS = 8
@@ -31,17 +32,13 @@ _POINTER, _NUMEL, _ID, _SLOT, _OFFSET, _PROGRAM, _COLUMNS = (tl.constexpr(i) for
 
 @triton.jit
 def _stochastic_round(value, bits, TYPE: tl.constexpr):
-    raw = value.to(tl.uint32, bitcast=True)
     if tl.float16 == TYPE:
-        normal = ((raw + (bits & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        scaled = tl.abs(value) * 16777216.0
-        floor = tl.floor(scaled)
-        up = (bits.to(tl.float32) * 0.0000152587890625) < (scaled - floor)
-        tiny = (floor + up.to(tl.float32)) * 5.9604644775390625e-08
-        tiny = (tiny.to(tl.uint32, bitcast=True) | (raw & 0x80000000)).to(tl.float32, bitcast=True)
-        out = tl.where(tl.abs(value) < _HALF_TINY, tiny, normal).to(tl.float16)
+        raw = (value * _TO_HALF).to(tl.uint32, bitcast=True)
+        half = tl.minimum(((raw & 0x7FFFFFFF) + (bits & 0x1FFF)) >> 13, _HALF_INFINITY)
+        half = tl.where(value != value, _HALF_NAN, half)
+        out = (half | ((raw >> 16) & 0x8000)).to(tl.uint16).to(tl.float16, bitcast=True)
     else:
-        out = ((raw + bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        out = ((value.to(tl.uint32, bitcast=True) + bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return out
 
 

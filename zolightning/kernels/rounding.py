@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Below this the spacing of float16 is constant (2**-24), so the dropped bits are no longer the low bits of the float32.
-HALF_TINY = 2.0**-14
+# Times this, float32 numbers have their exponent where float16 has it: the 13 bits to drop are then the lowest ones for normal and
+# subnormal results alike.
+TO_HALF = 2.0**-112
+HALF_INFINITY, HALF_NAN = 0x7C00, 0x7E00
 
 
 def stochastic_round(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -22,18 +24,16 @@ def stochastic_round(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: ``torch.bfloat16`` or ``torch.float16``.
 
     Returns:
-        ``dtype``, same shape, with mean ``value`` (to 2**-16 of the spacing).
+        ``dtype``, same shape, with mean ``value`` (for subnormal float16 to 2**-14 of the spacing).
 
     Example:
         >>> stochastic_round(torch.tensor([1.0]), torch.tensor([65535]), torch.bfloat16)
         tensor([1.], dtype=torch.bfloat16)
     """
-    raw, bits = value.view(torch.int32), bits.to(torch.int32)
+    bits = bits.to(torch.int32)
     if dtype == torch.bfloat16:
-        return ((raw + bits) & -0x10000).view(torch.float32).to(dtype)
-    normal = ((raw + (bits & 0x1FFF)) & -0x2000).view(torch.float32)
-    scaled = value.abs() * 2.0**24
-    floor = scaled.floor()
-    up = (bits.to(torch.float32) * 2.0**-16) < (scaled - floor)
-    tiny = torch.copysign((floor + up.to(torch.float32)) * 2.0**-24, value)
-    return torch.where(value.abs() < HALF_TINY, tiny, normal).to(dtype)
+        return ((value.view(torch.int32) + bits) & -0x10000).view(torch.float32).to(dtype)
+    raw = (value * TO_HALF).view(torch.int32)
+    half = (((raw & 0x7FFFFFFF) + (bits & 0x1FFF)) >> 13).clamp_max(HALF_INFINITY)
+    half = half.masked_fill(value != value, HALF_NAN)
+    return (half | ((raw >> 16) & -0x8000)).to(torch.int16).view(torch.float16)
