@@ -172,8 +172,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _compute(self, work: Callable[[], Any], live: bool) -> tuple[Tensor, Tensor]:
         """The step on the device: losses and coefficients. Nothing in it waits, unless the closure does."""
         group = self.param_groups[0]
-        form = self._form if isinstance(work, BoundObjective) else Form()
         hold = bool(getattr(work, "hold", False))
+        form = self._form if isinstance(work, BoundObjective) and not hold else Form()
         directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
         losses = probe_losses(self.space, self.estimator.probes, directions, group["eps"], work, form, hold)
         valid = torch.isfinite(losses).all() & live
