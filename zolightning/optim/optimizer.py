@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from zolightning.estimators.base import Estimator
 from zolightning.estimators.two_point import TwoPoint
 from zolightning.objectives.base import BoundObjective
 from zolightning.optim.graphs import StepGraphs
+from zolightning.optim.history import History, Row
 from zolightning.optim.probing import Form, choose_form, loss_of, probe_losses
 from zolightning.optim.rules import SGD, Rule
 from zolightning.optim.skips import SkippedSteps
@@ -109,6 +111,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._on_device = (lr, 0)  # what these two hold
         self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
         self._graphs = StepGraphs(self._compute)
+        probes, constant = len(self.estimator.probes), self.sampler.constant_scales
+        #: What the latest steps did.
+        self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
+        self._recorded: deque[Row] = deque()  # coming steps whose losses are known
 
     @property
     def forwards(self) -> int:
@@ -154,8 +160,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         bound = bound if bound is not None else closure
         work: Callable[[], Any] = bound if hasattr(bound, "rows") else closure
+        self.history.make_room(group["step"])
         self._set_clock(group["lr"], group["step"])
         self.sampler.refresh(group["step"])
+        if self._recorded:
+            self.losses, self.coefficients = self._repeat(self._recorded.popleft())
+            return self.losses.mean()
         with exact_float32():
             if self.setup_report is None:
                 self._set_up(work, group["eps"])
@@ -178,16 +188,59 @@ class ZOOptimizer(torch.optim.Optimizer):
         valid = torch.isfinite(losses).all() & live
         coefficients = self.estimator.coefficients(losses, group["eps"])
         weights, shrink = self.rule.move(coefficients, self._lr)
+        self.history.write(self._clock, self._lr, coefficients, losses, valid, directions[0].scales)
         if not live:
             self.space.move(directions, weights, shrink, valid)
             return losses, coefficients
         with uninterrupted():  # the weights and their step counter move together
             self.space.move(directions, weights, shrink, valid)
-            self.sampler.observe(losses)
-            self._skipped.count(valid)
-            self._clock.add_(1)
+            self._finish(losses, valid)
             if not form.captured:
                 self._count_step()
+        return losses, coefficients
+
+    def _finish(self, losses: Tensor, valid: Tensor) -> None:
+        """What follows the change of the weights, on the device."""
+        self.sampler.observe(losses)
+        self._skipped.count(valid)
+        self._clock.add_(1)
+
+    def repeat(self, rows: Iterable[Row]) -> None:
+        """Take the coming steps as a record has them, instead of evaluating losses; :meth:`step` then does not look at its closure.
+
+        The weights, the sampler and all counts end as they did when the record was made.
+
+        Args:
+            rows: The coming steps, in order; the first is the one of :attr:`steps`.
+
+        Raises:
+            ValueError: They are other steps.
+        """
+        rows = tuple(rows)
+        if [row.step for row in rows] != list(range(self.steps, self.steps + len(rows))):
+            raise ValueError(f"the recorded steps do not go on from step {self.steps}")
+        self._recorded = deque(rows)
+
+    @property
+    def repeating(self) -> bool:
+        """Whether the next step is one of :meth:`repeat`."""
+        return bool(self._recorded)
+
+    def _repeat(self, row: Row) -> tuple[Tensor, Tensor]:
+        """One step of :meth:`repeat`; whoever made the record has its row."""
+        group = self.param_groups[0]
+        lr, losses, coefficients = (
+            torch.tensor(value, dtype=self.space.compute_dtype, device=self.space.device)
+            for value in (row.lr, row.losses, row.coefficients)
+        )
+        valid, scales = torch.tensor(row.valid, device=self.space.device), row.scales.to(self.space.device)
+        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        weights, shrink = self.rule.move(coefficients, lr)
+        with uninterrupted():
+            self.space.move([replace(direction, scales=scales) for direction in directions], weights, shrink, valid)
+            self._finish(losses, valid)
+            self._count_step()
+            self.history.restart(self.steps)
         return losses, coefficients
 
     def _count_step(self) -> None:
@@ -276,6 +329,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if state["sampler"].keys() != tensors.keys():
             raise ValueError(f"the optimizer state is of another sampler than {type(self.sampler).__name__}")
         super().load_state_dict({**state_dict, "state": {}})
+        self.history.restart(self.steps)
         self._skipped.counts.copy_(state["skipped"])
         for name, tensor in tensors.items():
             tensor.copy_(state["sampler"][name])
