@@ -121,7 +121,8 @@ def killed_run(options: Sequence[str], folder: Path, kills: int, dice: random.Ra
     Returns:
         Steps in the journal at each kill, how many kills fell into a checkpoint, and whether anything was lost that had been written.
     """
-    seen, writing, lost = [], 0, 0
+    seen: list[int] = []
+    writing, lost = 0, 0
     while len(seen) < kills:
         aimed = dice.random() < 0.25
         begin, before = time.time(), standing(folder)

@@ -72,6 +72,7 @@ class Recorder:
             backs = [back.step for back in earlier.backs if back.step <= keep]
             since, self.returns = max(backs, default=0), len(backs)
             self.losses = [mean_loss(entry.row) for entry in kept if entry.row.step >= since]
+        optimizer.history.restart(optimizer.steps)
         optimizer.history.sink = self._take
 
     @property
