@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def start(options: Sequence[str], folder: Path) -> int:
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -134,6 +137,8 @@ def killed_run(options: Sequence[str], folder: Path, kills: int, dice: random.Ra
         writing += half_written(folder, begin)
         seen.append(after)
     status = finish(start(options, folder))
+    if status:
+        print(f"a run ended with status {status}:", (folder / "output.txt").read_text()[-3000:], file=sys.stderr, flush=True)
     return {"steps_at_kills": seen, "in_checkpoint": writing, "lost": lost, "status": status}
 
 

@@ -198,7 +198,15 @@ class TestDamage:
         assert state_bits(model) == before
 
     @pytest.mark.parametrize(
-        ("content", "message"), [(b"", "it is no journal"), (b"PK\x03\x04 zip", "it is no journal"), (MAGIC, "holds no whole record")]
+        ("content", "message"),
+        [
+            (b"", "holds no whole record"),
+            (bytes(3000), "holds no whole record"),
+            (MAGIC[:3], "holds no whole record"),
+            (b"ZOJOURN2", "it is no journal"),
+            (b"PK\x03\x04 zip", "it is no journal"),
+            (MAGIC, "holds no whole record"),
+        ],
     )
     def test_no_journal(self, content: bytes, message: str, tmp_path: Path) -> None:
         (tmp_path / "journal.zo").write_bytes(content)

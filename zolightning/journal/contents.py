@@ -139,7 +139,7 @@ def read(path: str | Path) -> Journal:
     except ValueError as error:
         where = f", after {journal.steps} whole steps" if journal.all_settings else ""
         raise ValueError(f"journal {str(path)!r}: {error}{where}") from error
-    journal.torn = size - journal.end.offset
+    journal.torn = max(size - journal.end.offset, 0)
     return journal
 
 
