@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "zolightning"
 #: Each part imports only from parts before it (and from itself).
 HOUSE = (
     "noise", "blocks", "kernels", "policies", "samplers", "spaces", "objectives", "estimators", "optim", "models", "journal", "tasks",
-    "modules", "callbacks", "strategies", "export", "testing", "messages", "command", "cli", "__main__",
+    "modules", "callbacks", "strategies", "export", "testing", "messages", "replaying", "command", "cli", "__main__",
 )  # fmt: skip
 LIGHTNING_FROM = HOUSE.index("tasks")
 

@@ -43,6 +43,7 @@ _HOME = {
     "ZOModule": "modules",
     "ZOOptimizer": "optim",
     "ZerothOrder": "modules",
+    "replay": "journal",
 }
 
 __all__ = [*_HOME, "testing"]
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     import zolightning.testing as testing
     from zolightning.estimators import Estimator as Estimator
     from zolightning.estimators import TwoPoint as TwoPoint
+    from zolightning.journal import replay as replay
     from zolightning.modules import AfterStep as AfterStep
     from zolightning.modules import ClosedForm as ClosedForm
     from zolightning.modules import ExpectedDecrease as ExpectedDecrease

@@ -1,13 +1,11 @@
-"""Lightning's CLI with the parts of this package, one more subcommand and short errors."""
+"""Lightning's CLI with the parts of this package, two more subcommands and short errors."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 import yaml
@@ -16,10 +14,12 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from zolightning import __version__
-from zolightning.callbacks import PredictionWriter, RunCheckpoint, RunLogger, RunProgress, RunReport, print_table
+from zolightning.callbacks import PredictionWriter, RunCheckpoint, RunJournal, RunLogger, RunProgress, RunReport, print_table
 from zolightning.export import export_model
+from zolightning.journal import FILE_NAME
 from zolightning.messages import reason
 from zolightning.modules import ZOModule
+from zolightning.replaying import check_checkpoint, replay_run
 
 
 class ZOArgumentParser(LightningArgumentParser):
@@ -47,7 +47,7 @@ class ZOArgumentParser(LightningArgumentParser):
 
 
 class ZOTrainer(Trainer):
-    """Lightning's Trainer with one more subcommand."""
+    """Lightning's Trainer with two more subcommands."""
 
     def export(
         self,
@@ -76,25 +76,32 @@ class ZOTrainer(Trainer):
         export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown")
         print(f"model        {output}")
 
+    def replay(
+        self,
+        model: ZOModule,
+        datamodule: LightningDataModule | None = None,
+        journal: str | None = None,
+        until_step: int | None = None,
+        verify: str | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Rebuild the trained weights from the base model and the journal of a run, bit for bit.
 
-def check_checkpoint(path: Path, weights_only: bool) -> None:
-    """Refuse what is no whole checkpoint before anything is loaded for it.
-
-    Raises:
-        ValueError: It is not there, damaged (its checksums are read), or something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"checkpoint {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
-    try:
-        with ZipFile(path) as archive:
-            whole = archive.testzip() is None
-        content = torch.load(path, map_location="meta", weights_only=weights_only) if whole else None
-    except UnpicklingError as error:
-        raise ValueError(f"checkpoint {str(path)!r} holds more than data: --weights_only=false reads it if you trust it") from error
-    except (BadZipFile, RuntimeError, EOFError):
-        whole = False
-    if not whole or not isinstance(content, dict) or not {"state_dict", "global_step", "pytorch-lightning_version"} <= content.keys():
-        raise ValueError(f"checkpoint {str(path)!r} is damaged, or no checkpoint of a run")
+        Args:
+            model: The module.
+            datamodule: Names the task on the model card.
+            journal: The journal; without it: the one of the run folder.
+            until_step: Steps after which to stop; without it: all that the journal has.
+            verify: Checkpoint whose weights must be those of the journal at its step.
+            output: Folder to write the model to, as an ordinary Hugging Face folder.
+        """
+        model.to(self.strategy.root_device)
+        path = Path(journal) if journal is not None else Path(self.default_root_dir) / FILE_NAME
+        replay_run(model, path, until_step, Path(verify) if verify is not None else None)
+        if output is not None:
+            task = getattr(datamodule, "task", None)
+            export_model(model, None, Path(output), type(task).__name__ if task is not None else "unknown")
+            print(f"model        {output}")
 
 
 class RunConfig(SaveConfigCallback):
@@ -109,7 +116,9 @@ class RunConfig(SaveConfigCallback):
 
 
 class ZOCLI(LightningCLI):
-    """``fit``, ``validate``, ``test``, ``predict`` and ``export`` from YAML; every part is replaceable by ``class_path``."""
+    """``fit``, ``validate``, ``test``, ``predict``, ``export`` and ``replay`` from YAML; every part is replaceable by ``class_path``."""
+
+    _resume = False  # a run goes on to the end of its journal
 
     def __init__(self, args: ArgsType = None) -> None:
         super().__init__(
@@ -140,8 +149,8 @@ class ZOCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``export``."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        """Lightning's, ``export`` and ``replay``."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "replay": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints lie in the run folder and can be set under ``checkpoint``."""
@@ -163,11 +172,14 @@ class ZOCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             last = folder / "checkpoints" / "last.ckpt"
             config.ckpt_path = str(last) if last.exists() else None
-            if config.ckpt_path is None and self.subcommand == "fit":
+            self._resume = self.subcommand == "fit"
+            if config.ckpt_path is None and self._resume and (folder / FILE_NAME).exists():
+                print(f"no checkpoint in {last.parent}: going on from the journal alone", flush=True)
+            elif config.ckpt_path is None and self._resume:
                 print(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
             elif config.ckpt_path is None:
                 raise ValueError(f"no checkpoint in {last.parent}")
-        elif config.get("ckpt_path") is None and self.subcommand != "fit":
+        elif config.get("ckpt_path") is None and self.subcommand not in ("fit", "replay"):
             print("no ckpt_path: this is the base model as it is", flush=True)
         if "weights_only" in config and config.weights_only is None:
             config.weights_only = True  # a checkpoint is data, never code
@@ -189,6 +201,8 @@ class ZOCLI(LightningCLI):
         if config.get("enable_progress_bar") is None and not any(isinstance(c, ProgressBar) for c in config.get("callbacks") or []):
             config["enable_progress_bar"] = self.subcommand == "fit"
             own = [RunProgress(), *own] if self.subcommand == "fit" else own
+        if self.subcommand == "fit":
+            own = [RunJournal(self._resume), *own]
         if config.get("enable_model_summary") is None:
             config["enable_model_summary"] = False  # the report says what moves
         return super()._instantiate_trainer(config, [*callbacks, *own])

@@ -10,6 +10,8 @@ from weakref import proxy
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from zolightning.journal.file import sync_file, sync_folder
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run folder up to date.
@@ -62,7 +64,9 @@ class RunCheckpoint(ModelCheckpoint):
         try:
             trainer.save_checkpoint(partial, self.save_weights_only)
             if trainer.is_global_zero:
+                sync_file(Path(partial))  # a name must not reach the disk before its content
                 os.replace(partial, filepath)
+                sync_folder(Path(filepath).parent)
         finally:
             Path(partial).unlink(missing_ok=True)  # of a full disk
         self._last_global_step_saved = trainer.global_step

@@ -271,6 +271,13 @@ class ZOModule(pl.LightningModule):
         return {block.name: f"{str(block.dtype).removeprefix('torch.')}{list(block.tensor.shape)}" for block in self.space.blocks}
 
     @torch.no_grad()
+    def reload_base(self) -> None:
+        """Give the blocks the weights of the base model again, where they lie."""
+        fresh = load_model(self.pretrained, self.dtype_name, "cpu", self.attn_implementation, self.trust_remote_code)
+        for block, base in zip(self.space.blocks, self.make_space(fresh).blocks, strict=True):
+            block.tensor.copy_(base.tensor)
+
+    @torch.no_grad()
     def load_blocks(self, state_dict: dict[str, Tensor]) -> None:
         """Copy the blocks of a checkpoint's ``state_dict`` into the model."""
         for block in self.space.blocks:

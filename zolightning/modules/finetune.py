@@ -103,9 +103,17 @@ class ZOFinetuneModule(ZOModule):
                 log.warning("%s=%s instead of the checkpoint's %s", name.removeprefix("base_"), own[name], group[name])
         factor = own["base_lr"] / group["base_lr"]
         if factor != 1:
-            group["lr"] *= factor
-            _scale_schedule(self.lr_schedulers(), factor)
+            self.scale_lr(factor)
         group.update({name: own[name] for name in ("eps", "seed", "base_lr")})
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the learning rate, and the height of its schedule.
+
+        Args:
+            factor: What to multiply by.
+        """
+        self.zo_optimizer.param_groups[0]["lr"] *= factor
+        _scale_schedule(self.lr_schedulers(), factor)
 
     @property
     def steps(self) -> int:

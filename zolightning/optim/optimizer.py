@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from zolightning.estimators.base import Estimator
 from zolightning.estimators.two_point import TwoPoint
 from zolightning.objectives.base import BoundObjective
 from zolightning.optim.graphs import StepGraphs
+from zolightning.optim.history import History, Row
 from zolightning.optim.probing import Form, choose_form, loss_of, probe_losses
 from zolightning.optim.rules import SGD, Rule
 from zolightning.optim.skips import SkippedSteps
@@ -110,6 +112,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
         self._graphs = StepGraphs(self._compute)
         self._side = torch.cuda.Stream(space.device) if space.device.type == "cuda" else None
+        probes, constant = len(self.estimator.probes), self.sampler.constant_scales
+        #: What the latest steps did.
+        self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
+        self._recorded: deque[Row] = deque()  # coming steps whose losses are known
 
     @property
     def forwards(self) -> int:
@@ -155,8 +161,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         bound = bound if bound is not None else closure
         work: Callable[[], Any] = bound if hasattr(bound, "rows") else closure
+        self.history.make_room(group["step"])
         self._set_clock(group["lr"], group["step"])
         self.sampler.refresh(group["step"])
+        if self._recorded:
+            self.losses, self.coefficients = self._repeat(self._recorded.popleft())
+            return self.losses.mean()
         with exact_float32():
             if self.setup_report is None:
                 self._set_up(work, group["eps"])
@@ -179,30 +189,64 @@ class ZOOptimizer(torch.optim.Optimizer):
         valid = torch.isfinite(losses).all() & live
         coefficients = self.estimator.coefficients(losses, group["eps"])
         weights, shrink = self.rule.move(coefficients, self._lr)
+        self.history.write(self._clock, self._lr, coefficients, losses, valid, directions[0].scales)
         if not live:
             self.space.move(directions, weights, shrink, valid)
             return losses, coefficients
         with uninterrupted():  # the weights and their step counter move together
-            with self._beside():
-                self.sampler.observe(losses)
-            self.space.move(directions, weights, shrink, valid)
-            self._join()
-            self._skipped.count(valid)
-            self._clock.add_(1)
+            self._change(directions, weights, shrink, losses, valid)
             if not form.captured:
                 self._count_step()
         return losses, coefficients
 
-    def _beside(self) -> AbstractContextManager[Any]:
-        """What is launched inside runs beside what is launched after it, until :meth:`_join`."""
-        if self._side is None:
-            return nullcontext()
-        self._side.wait_stream(torch.cuda.current_stream(self.space.device))
-        return torch.cuda.stream(self._side)
-
-    def _join(self) -> None:
+    def _change(self, directions: Sequence[Direction], weights: Tensor, shrink: Tensor, losses: Tensor, valid: Tensor) -> None:
+        """The change of the weights and of everything that counts it, on the device. The sampler's part runs beside the update."""
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.space.device))
+        with torch.cuda.stream(self._side) if self._side is not None else nullcontext():
+            self.sampler.observe(losses)
+        self.space.move(directions, weights, shrink, valid)
         if self._side is not None:
             torch.cuda.current_stream(self.space.device).wait_stream(self._side)
+        self._skipped.count(valid)
+        self._clock.add_(1)
+
+    def repeat(self, rows: Iterable[Row]) -> None:
+        """Take the coming steps as a record has them, instead of evaluating losses; :meth:`step` then does not look at its closure.
+
+        The weights, the sampler and all counts end as they did when the record was made.
+
+        Args:
+            rows: The coming steps, in order; the first is the one of :attr:`steps`.
+
+        Raises:
+            ValueError: They are other steps.
+        """
+        rows = tuple(rows)
+        if [row.step for row in rows] != list(range(self.steps, self.steps + len(rows))):
+            raise ValueError(f"the recorded steps do not go on from step {self.steps}")
+        self._recorded = deque(rows)
+
+    @property
+    def repeating(self) -> bool:
+        """Whether the next step is one of :meth:`repeat`."""
+        return bool(self._recorded)
+
+    def _repeat(self, row: Row) -> tuple[Tensor, Tensor]:
+        """One step of :meth:`repeat`; whoever made the record has its row."""
+        group = self.param_groups[0]
+        lr, losses, coefficients = (
+            torch.tensor(value, dtype=self.space.compute_dtype, device=self.space.device)
+            for value in (row.lr, row.losses, row.coefficients)
+        )
+        valid, scales = torch.tensor(row.valid, device=self.space.device), row.scales.to(self.space.device)
+        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        weights, shrink = self.rule.move(coefficients, lr)
+        with uninterrupted():
+            self._change([replace(direction, scales=scales) for direction in directions], weights, shrink, losses, valid)
+            self._count_step()
+            self.history.restart(self.steps)
+        return losses, coefficients
 
     def _count_step(self) -> None:
         group = self.param_groups[0]
@@ -289,6 +333,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         state = state_dict["state"]
         self.sampler.load_state(state["sampler"])
         super().load_state_dict({**state_dict, "state": {}})
+        self.history.restart(self.steps)
         self._skipped.counts.copy_(state["skipped"])
 
 

@@ -67,6 +67,8 @@ class Sampler(ABC):
     second_moment: float = 1.0
     #: Whether a CUDA graph may replay :meth:`scales` and :meth:`observe`: they depend on tensors alone, and do not look at values.
     capturable: bool = False
+    #: Whether :meth:`scales` is the same in every step of a run; a journal then holds them once.
+    constant_scales: bool = False
 
     def bind(self, space: HasBlocks) -> None:
         """Attach the sampler to the blocks of a space (called by ``ZOOptimizer``)."""

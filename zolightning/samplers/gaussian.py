@@ -18,6 +18,7 @@ class GaussianSampler(Sampler):
     """
 
     capturable = True
+    constant_scales = True
 
     def noise(self, block: Block, key: Key) -> Noise:
         return GaussianNoise(key)

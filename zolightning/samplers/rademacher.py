@@ -21,6 +21,7 @@ class RademacherSampler(Sampler):
     """
 
     capturable = True
+    constant_scales = True
 
     def noise(self, block: Block, key: Key) -> Noise:
         return RademacherNoise(key)
