@@ -2,7 +2,7 @@
 
     python -m benchmarks.kills --kills 100 --out docs/results/kills.json
 
-Everything is imported once; each run is a forked process with ``--ckpt_path last``. Every fourth kill waits for the moment at which
+Everything is imported once, by a process that does nothing else; each run is forked from it, with ``--ckpt_path last``. Every fourth kill waits for the moment at which
 a checkpoint is being written. A run is killed several times before it is left to finish.
 """
 
@@ -180,10 +180,11 @@ def main() -> None:
     parser.add_argument("--kills-a-run", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--options", type=json.loads, help="a list of options of fit, as JSON; without it: the quickstart, shortened")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    options = [
+    options = arguments.options or [
         "--config=configs/quickstart.yaml", f"--trainer.max_steps={arguments.steps}", "--trainer.limit_val_batches=0",
         "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=3", "--checkpoint.every_n_train_steps=7",
         "--trainer.accelerator=cpu", "--data.num_train=160",
