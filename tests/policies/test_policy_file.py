@@ -206,5 +206,5 @@ def test_a_bit_that_changed(place: str, tmp_path: Path) -> None:
     at = len(data) - 4 if place == "tensors" else data.index(b'\\"trained\\"') - 4
     data[at] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="damaged|JSON"):
+    with pytest.raises(ValueError, match=r"damaged|JSON"):
         Policy.from_pretrained(path)
