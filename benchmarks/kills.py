@@ -46,6 +46,7 @@ def start(options: Sequence[str], folder: Path) -> int:
         output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch's threads do not always survive a fork
         sys.argv = ["zolightning"]
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         main(["fit", *options, f"--trainer.default_root_dir={folder}", "--ckpt_path=last"])
