@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from benchmarks import kills
 from zolightning.journal import read
 
 Main = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -188,10 +190,14 @@ def test_help(arguments: list[str], main: Main, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_ten_kills(small: list[str], tmp_path: Path) -> None:
+def test_ten_kills(small: list[str]) -> None:
     """SIGKILL at random moments and inside checkpoint writes; each run ends in the bits of one without a break."""
     options = [*small, *FIT, "--trainer.max_steps=12", "--model.sampler=zolightning.RademacherSampler"]
-    result = kills.measure(options, tmp_path, kills=10, kills_a_run=5, seed=1)
+    command = ["-m", "benchmarks.kills", "--kills=10", "--kills-a-run=5", "--seed=1", f"--options={json.dumps(options)}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
     assert result["kills"] == 10
     assert result["equal"] == result["runs"]
     assert (result["failed"], result["lost"]) == (0, 0)

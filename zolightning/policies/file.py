@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from zolightning.policies.layout import BlockInfo
 FORMAT = 1
 FILE_NAME = "policy.safetensors"
 _KEY = "zolightning_policy"  # one key, so that equal policies have equal bytes
+_SUM = "blake2b"  # of description and tensors; safetensors itself does not notice a bit that is changed
 _LARGEST = 64 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FIELDS: dict[str, type] = {
@@ -47,7 +49,8 @@ def write(path: str | Path, description: Mapping[str, Any], tensors: Mapping[str
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name!r} holds values that are not finite in {str(dtype).removeprefix('torch.')}")
     try:
-        text = json.dumps({"format": FORMAT, **description}, sort_keys=True, allow_nan=False)
+        described = {"format": FORMAT, **description}
+        text = json.dumps({**described, _SUM: _sum(described, stored)}, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the description of a policy must be plain JSON: {error}") from error
     path = Path(path)
@@ -69,6 +72,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises:
         ValueError: The file is none, is damaged, too large, or its description does not hold together.
+
+    A file that another program wrote may lack the checksum.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -82,7 +87,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = opened.metadata() or {}
             tensors = {name: _tensor(opened, name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"policy {str(path)!r} is no safetensors file, or damaged: {error}") from error
+        raise ValueError(f"policy {str(path)!r} is no safetensors file, or damaged: {str(error)[:200]}") from error
     if _KEY not in metadata:
         raise ValueError(f"{str(path)!r} holds tensors, but no policy")
     try:
@@ -90,9 +95,23 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name!r} holds values that are not finite")
+        stored = json.loads(metadata[_KEY])
+        stated = stored.pop(_SUM, None)
+        if stored.keys() - {"format", *_FIELDS} or stated not in (None, _sum(stored, tensors)):
+            raise ValueError("it is damaged: its checksum is another one")
     except ValueError as error:
         raise ValueError(f"policy {str(path)!r}: {error}") from error
     return description, tensors
+
+
+def _sum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b of the description and the tensors as stored."""
+    total = hashlib.blake2b(json.dumps(description, sort_keys=True, allow_nan=False).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _tensor(opened: Any, name: str) -> Tensor:
@@ -110,6 +129,7 @@ def _checked(text: str) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else None
         raise ValueError(f"format {str(found)[:20]!r} is not the one that this version reads ({FORMAT})")
+    description.pop(_SUM, None)
     for field, kind in _FIELDS.items():
         if not isinstance(description.get(field), kind):
             raise ValueError(f"{field!r} is missing or no {kind.__name__}")
