@@ -169,7 +169,7 @@ class _Launcher(_SubprocessScriptLauncher):
         if parent is not None:
             return _obituary(0, None) if os.getppid() != int(parent) else ""
         first = self.cluster_environment.global_rank()
-        dead = [(first + number, process.poll()) for number, process in enumerate(self.procs, 1) if process.poll()]
+        dead = [(first + number, process.poll()) for number, process in enumerate(self.procs, 1) if process.poll() is not None]
         return _obituary(*dead[0]) if dead else ""
 
     def leave(self, exception: BaseException) -> None:
@@ -177,13 +177,13 @@ class _Launcher(_SubprocessScriptLauncher):
 
         What is wrong with a run is wrong on all, and the first process says it. Another one says it only if the first does not.
         """
-        if isinstance(exception, ReplicaLostError):
-            end = time.monotonic() + _GRACE
-            while not self.gone() and (self.procs or _PARENT in os.environ) and time.monotonic() < end:
+        started = _PARENT in os.environ
+        if started or (self.procs and isinstance(exception, ReplicaLostError)):
+            end = time.monotonic() + (2 * _GRACE if started else _GRACE)
+            while not self.gone() and time.monotonic() < end:
                 time.sleep(0.1)
+        if isinstance(exception, ReplicaLostError):
             exception.args = (self.gone() or str(exception),)
-        elif _PARENT in os.environ:
-            time.sleep(_GRACE)
         self.kill(signal.SIGKILL)
 
 

@@ -37,8 +37,10 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The tensor's memory as integers: eight bytes at a time where they fit."""
+    """The tensor's memory as integers: eight bytes at a time where it is made of these."""
     flat = tensor.reshape(-1)
-    if flat.dtype == torch.bool or flat.numel() * flat.element_size() % 8 or flat.storage_offset() * flat.element_size() % 8:
+    if flat.numel() * flat.element_size() % 8:
         return flat.view(torch.uint8)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
     return flat.view(torch.int64)

@@ -57,7 +57,7 @@ class Replicas:
             raise ValueError(f"check_every={check_every} must be at least 1")
         self.mode: Mode = mode
         self.check_every = check_every
-        #: Bytes that this process gave to the others at the last exchange, to each of them.
+        #: Bytes of losses that each process gives to each other one in a step, padding included.
         self.payload = 0
         self._checked = False
 
@@ -116,13 +116,17 @@ class Replicas:
         if self.mode == "rows":
             own: Any = self.own(closure)
             rows = evaluate(probes, lambda copies: torch.stack(own.rows(copies), dim=1).unbind())  # [probes, 2, own rows]
-            loss_sum, weight = self.gather(rows, [len(part) for part in self.shares(_rows(closure))]).unbind(dim=1)
+            loss_sum, weight = self._exchange(rows, [len(part) for part in self.shares(_rows(closure))]).unbind(dim=1)
             return total(loss_sum, weight)
         queries = list(dict.fromkeys(probe.query for probe in probes))
         parts = [[n for n, probe in enumerate(probes) if queries.index(probe.query) in share] for share in self.shares(len(queries))]
-        losses = self.gather(evaluate([probes[n] for n in parts[self.rank]], read), [len(part) for part in parts])
+        losses = self._exchange(evaluate([probes[n] for n in parts[self.rank]], read), [len(part) for part in parts])
         order = [n for part in parts for n in part]
         return torch.stack([losses[order.index(n)] for n in range(len(probes))])
+
+    def _exchange(self, values: Tensor, counts: Sequence[int]) -> Tensor:
+        self.payload = values[..., :1].numel() * max(counts) * values.element_size()
+        return self.gather(values, counts)
 
     def gather(self, values: Tensor, counts: Sequence[int]) -> Tensor:
         """Lay the parts of all processes side by side.
@@ -141,7 +145,6 @@ class Replicas:
         parts = padded.new_empty(self.world, *padded.shape).unbind()
         with contact():
             dist.all_gather(list(parts), padded)
-        self.payload = padded.numel() * padded.element_size()
         return torch.cat([part[..., :count] for part, count in zip(parts, counts, strict=True)], dim=-1)
 
     def agree(self, obstacle: str, device: torch.device) -> str:
