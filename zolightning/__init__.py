@@ -28,6 +28,7 @@ _HOME = {
     "PolicyMetaTrainModule": "modules",
     "PolicySampler": "samplers",
     "RademacherSampler": "samplers",
+    "ReplicaStrategy": "strategies",
     "Reward": "objectives",
     "Rule": "optim",
     "SGD": "optim",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from zolightning.samplers import Sampler as Sampler
     from zolightning.spaces import DenseSpace as DenseSpace
     from zolightning.spaces import Space as Space
+    from zolightning.strategies import ReplicaStrategy as ReplicaStrategy
     from zolightning.tasks import MultiTaskDataModule as MultiTaskDataModule
     from zolightning.tasks import Task as Task
     from zolightning.tasks import TaskDataModule as TaskDataModule

@@ -24,6 +24,7 @@ _QUIET = (
     r".*dataloader is not resumable.*",
     r".*in eval mode at the start of training.*",
     r".*exists and is not empty.*",
+    r".*sync_dist=True.*",  # every process has evaluated all rows
     r"Using ModelCheckpoint with manual optimization.*",  # pages of advice for another kind of training
     r".*was deprecated in v4.*",
     r".*skip_none parameter was deprecated.*",
@@ -51,7 +52,8 @@ def main(args: list[str] | None = None) -> ZOCLI:
         message = user_message(error)
         if message is None:
             raise
-        sys.stderr.write(f"error: {message}\n")
+        rank = os.environ.get("LOCAL_RANK", "0")
+        sys.stderr.write(f"error: {message}\n" if rank == "0" else f"error: replica {rank}: {message}\n")
         sys.exit(2)
     finally:
         gc.unfreeze()

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 from zolightning import __version__
 from zolightning.callbacks import PredictionWriter, RunCheckpoint, RunJournal, RunLogger, RunProgress, RunReport, print_table
@@ -159,6 +161,8 @@ class ZOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Make sure that the run ends and that its folder can be written; find its last checkpoint."""
         config = self.config[self.subcommand]
+        if isinstance(config.trainer.strategy, str) and "." in config.trainer.strategy:  # a class, where Lightning expects a name
+            config.trainer.strategy = Namespace(class_path=config.trainer.strategy, init_args=Namespace())
         ends = (config.trainer.max_steps, config.trainer.max_epochs, config.trainer.max_time)
         if self.subcommand == "fit" and ends == (-1, None, None) and not config.trainer.fast_dev_run:
             raise ValueError("when does training end? set trainer.max_steps (or max_epochs, or max_time)")
@@ -166,7 +170,7 @@ class ZOCLI(LightningCLI):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".write").touch()
-            (folder / ".write").unlink()
+            (folder / ".write").unlink(missing_ok=True)  # several processes may do this
         except OSError as error:
             raise ValueError(f"cannot write to trainer.default_root_dir={str(folder)!r}: {error.strerror}") from error
         if config.get("ckpt_path") == "last":
@@ -174,13 +178,13 @@ class ZOCLI(LightningCLI):
             config.ckpt_path = str(last) if last.exists() else None
             self._resume = self.subcommand == "fit"
             if config.ckpt_path is None and self._resume and (folder / FILE_NAME).exists():
-                print(f"no checkpoint in {last.parent}: going on from the journal alone", flush=True)
+                rank_zero_only(print)(f"no checkpoint in {last.parent}: going on from the journal alone", flush=True)
             elif config.ckpt_path is None and self._resume:
-                print(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
+                rank_zero_only(print)(f"no checkpoint in {last.parent}: starting from step 0", flush=True)
             elif config.ckpt_path is None:
                 raise ValueError(f"no checkpoint in {last.parent}")
         elif config.get("ckpt_path") is None and self.subcommand not in ("fit", "replay"):
-            print("no ckpt_path: this is the base model as it is", flush=True)
+            rank_zero_only(print)("no ckpt_path: this is the base model as it is", flush=True)
         if "weights_only" in config and config.weights_only is None:
             config.weights_only = True  # a checkpoint is data, never code
         if config.get("ckpt_path"):
@@ -215,7 +219,7 @@ class ZOCLI(LightningCLI):
         trainer = self.trainer
         report = next(callback for callback in trainer.callbacks if isinstance(callback, RunReport))  # type: ignore[attr-defined]
         if not report.started:
-            print(f"nothing to do: the checkpoint is at step {trainer.global_step}, trainer.max_steps={trainer.max_steps}")
+            rank_zero_only(print)(f"nothing to do: the checkpoint is at step {trainer.global_step}, trainer.max_steps={trainer.max_steps}")
 
     def after_validate(self) -> None:
         """Print the figures."""
@@ -225,6 +229,7 @@ class ZOCLI(LightningCLI):
         """Print the figures."""
         self._print_figures("test/")
 
+    @rank_zero_only
     def _print_figures(self, prefix: str) -> None:
         metrics = {name.removeprefix(prefix): float(value) for name, value in self.trainer.callback_metrics.items()}
         print_table({}, metrics)

@@ -128,7 +128,14 @@ CASES: dict[str, Case] = {
     "code in a checkpoint": (lambda f: [f"--ckpt_path={saved(f, 3)}"], "checkpoint '{folder}/saved.ckpt' holds more than data"),
     "folder as checkpoint": (lambda f: [f"--ckpt_path={f}"], "checkpoint '{folder}' is a folder"),
     "no such accelerator": (lambda f: ["--trainer.accelerator=quantum"], "invalid accelerator name: `accelerator='quantum'`"),
-    "processes": (lambda f: ["--trainer.devices=2"], "a run uses one device, trainer.devices asks for 2 processes: set trainer.devices=1"),
+    "processes": (
+        lambda f: ["--trainer.devices=2"],
+        "trainer.devices: 2 processes under DDPStrategy know nothing of forward-only steps: set trainer.strategy=zolightning.ReplicaStrategy, or trainer.devices=1",
+    ),
+    "replicas": (
+        lambda f: ["--trainer.devices=2", "--trainer.strategy=zolightning.NoStrategy"],
+        "Problem with given class_path 'zolightning.NoStrategy': module 'zolightning' has no attribute 'NoStrategy'",
+    ),
     "eps below the resolution": (lambda f: ["--model.optimizer.eps=1e-9"], "eps=1e-09 is below what bfloat16 weights of this size resolve"),
     "precision": (lambda f: ["--trainer.precision=bf16-true"], "trainer.precision='bf16-true': keep 32-true"),
     "scheduler that wants a metric": (lambda f: ["--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"], "ReduceLROnPlateau"),

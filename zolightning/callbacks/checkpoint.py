@@ -68,7 +68,8 @@ class RunCheckpoint(ModelCheckpoint):
                 os.replace(partial, filepath)
                 sync_folder(Path(filepath).parent)
         finally:
-            Path(partial).unlink(missing_ok=True)  # of a full disk
+            if trainer.is_global_zero:
+                Path(partial).unlink(missing_ok=True)  # of a full disk
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():

@@ -21,7 +21,9 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write the file as a whole."""
+        """Write the file as a whole; every process has all predictions, the first writes them."""
+        if not trainer.is_global_zero:
+            return
         path = Path(trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

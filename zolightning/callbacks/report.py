@@ -56,6 +56,7 @@ class RunReport(Callback):
         hold = module.batch_objective().several_forwards
         scratch = space.scratch(copies=1 if hold or module.device.type == "cpu" else 2, hold=hold)
         seconds, activations = self._time_forward(module)
+        seconds /= trainer.world_size
         dtype = str(space.blocks[0].dtype).removeprefix("torch.")
         lines = [
             f"moves        {len(space.blocks)} blocks, {space.numel:,} parameters, {dtype}",
@@ -63,6 +64,8 @@ class RunReport(Callback):
             f"memory       weights {_size(weights)}, scratch of a probe {_size(scratch)}"
             + (f", activations {_size(activations)}" if activations else ""),
         ]
+        if trainer.world_size > 1:
+            lines.append(f"replicas     {trainer.world_size}, each with its share of the {trainer.strategy.replicas.mode}")  # type: ignore[attr-defined]
         if seconds and steps:
             lines.append(f"time         about {_duration(seconds * forwards * steps)} of forwards alone (one took {seconds * 1e3:.0f} ms)")
         if "constant_loss" in self.before:

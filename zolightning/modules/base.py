@@ -26,6 +26,7 @@ from zolightning.modules.evaluation import (
     fitted_biases,
 )
 from zolightning.objectives import CandidateCrossEntropy, Objective, Reward, TokenCrossEntropy
+from zolightning.optim import Replicas
 from zolightning.spaces import DenseSpace, Space
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class ZOModule(pl.LightningModule):
     """
 
     strict_loading = False  # the checkpoint holds only what moves
+    replicable = False  # several processes may take a step together
 
     def __init__(
         self,
@@ -98,10 +100,16 @@ class ZOModule(pl.LightningModule):
         """What the command asks before the Trainer starts any process.
 
         Raises:
-            ValueError: ``Trainer.precision`` is not 32-true, or there is more than one process.
+            ValueError: ``Trainer.precision`` is not 32-true, or there are several processes that would not make one step together.
         """
-        if trainer.world_size > 1:
-            raise ValueError(f"a run uses one device, trainer.devices asks for {trainer.world_size} processes: set trainer.devices=1")
+        name = type(trainer.strategy).__name__
+        if trainer.world_size > 1 and not isinstance(getattr(trainer.strategy, "replicas", None), Replicas):
+            raise ValueError(
+                f"trainer.devices: {trainer.world_size} processes under {name} know nothing of forward-only steps: "
+                "set trainer.strategy=zolightning.ReplicaStrategy, or trainer.devices=1"
+            )
+        if trainer.world_size > 1 and not self.replicable:
+            raise ValueError(f"{type(self).__name__} uses one device, trainer.devices asks for {trainer.world_size}: set trainer.devices=1")
         if trainer.precision != "32-true":
             raise ValueError(f"trainer.precision={trainer.precision!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
 

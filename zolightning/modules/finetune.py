@@ -47,6 +47,8 @@ class ZOFinetuneModule(ZOModule):
         >>> trainer.fit(module, TaskDataModule("sst2"))
     """
 
+    replicable = True
+
     def __init__(
         self,
         pretrained: str,

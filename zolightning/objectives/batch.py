@@ -28,20 +28,19 @@ def split(batch: Batch, micro_batch_size: int | None) -> Iterator[Batch]:
     if micro_batch_size is None or examples <= micro_batch_size:
         yield batch
         return
-    per_example = {key: value.shape[0] for key, value in batch.items() if isinstance(value, Tensor)}
     for start in range(0, examples, micro_batch_size):
-        stop = min(start + micro_batch_size, examples)
-        part = dict(batch)
-        rows = slice(start, stop)
-        if "example" in batch:
-            low, high = _sequences(batch, start), _sequences(batch, stop)
-            rows = slice(low, high)
-        for key in per_example:
-            sequences = "example" in batch and key in SEQUENCE_KEYS
-            part[key] = batch[key][rows if sequences or "example" not in batch else slice(start, stop)]
-        if "example" in batch:
-            part["example"] = part["example"] - start
-        yield part
+        yield cut(batch, start, min(start + micro_batch_size, examples))
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples ``start`` to ``stop`` of a batch."""
+    rows = sequences = slice(start, stop)
+    if "example" in batch:
+        sequences = slice(_sequences(batch, start), _sequences(batch, stop))
+    part = {key: value[sequences if key in SEQUENCE_KEYS else rows] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if "example" in batch:
+        part["example"] = part["example"] - start
+    return part
 
 
 def _sequences(batch: Batch, examples: int) -> int:

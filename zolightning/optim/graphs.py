@@ -82,7 +82,8 @@ class StepGraphs:
         self._warm_up(bound)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with _no_garbage(), torch.cuda.graph(graph, pool=self._pool):
+        # Other threads, such as that which watches over NCCL, may talk to the device meanwhile.
+        with _no_garbage(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._compute(bound, True)
         return _Captured(graph, bound.batch, outputs)
 

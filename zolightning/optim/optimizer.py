@@ -19,6 +19,7 @@ from zolightning.objectives.base import BoundObjective
 from zolightning.optim.graphs import StepGraphs
 from zolightning.optim.history import History, Row
 from zolightning.optim.probing import Form, choose_form, loss_of, probe_losses
+from zolightning.optim.replicas import Replicas
 from zolightning.optim.rules import SGD, Rule
 from zolightning.optim.skips import SkippedSteps
 from zolightning.samplers.base import Direction, Sampler
@@ -102,6 +103,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         #: Probe losses and coefficients of the latest step: shapes ``[probes]`` and ``[queries]``, on the device.
         self.losses: Tensor | None = None
         self.coefficients: Tensor | None = None
+        #: Other processes that share the evaluation of every step; ``None``: this one alone. Set it before the first step.
+        self.replicas: Replicas | None = None
         self._wanted = {"pair": pair, "capture": capture, "compile": compile}  # in the order of Form
         defaults = {"lr": lr, "base_lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0, "form": None}
         super().__init__([block.tensor for block in space.blocks], defaults)
@@ -177,6 +180,8 @@ class ZOOptimizer(torch.optim.Optimizer):
                 else:
                     self.losses, self.coefficients = self._compute(work, True)
         self._stop_if_hopeless()
+        if self.replicas is not None:
+            self.replicas.check(self.steps, self.space, work)
         return self.losses.mean()
 
     def _compute(self, work: Callable[[], Any], live: bool) -> tuple[Tensor, Tensor]:
@@ -185,7 +190,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         hold = bool(getattr(work, "hold", False))
         form = self._form if isinstance(work, BoundObjective) and not hold else Form()
         directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
-        losses = probe_losses(self.space, self.estimator.probes, directions, group["eps"], work, form, hold)
+        losses = probe_losses(self.space, self.estimator.probes, directions, group["eps"], work, form, hold, self.replicas)
         valid = torch.isfinite(losses).all() & live
         coefficients = self.estimator.coefficients(losses, group["eps"])
         weights, shrink = self.rule.move(coefficients, self._lr)
@@ -270,20 +275,24 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _set_up(self, work: Callable[[], Any], eps: float) -> None:
         group = self.param_groups[0]
         direction = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)[0]
-        self.setup_report = self._verify(work, direction, eps)
+        own = work if self.replicas is None else self.replicas.own(work)
+        self.setup_report = self._verify(own, direction, eps)
         chosen = (self._form.paired, self._form.captured, self._form.compiled)
         kept = group["form"] is not None and self._form.device == self.space.device.type
         if not kept or any(want not in (None, choice) for want, choice in zip(self._wanted.values(), chosen, strict=True)):
             group["form"] = None
-            if isinstance(work, BoundObjective):
-                form = choose_form(self.space, work, direction, eps, self._wanted, lambda form: self._obstacle(work, form))
+            if isinstance(work, BoundObjective) and isinstance(own, BoundObjective):
+                form = choose_form(self.space, own, direction, eps, self._wanted, lambda form: self._obstacle(work, form), self._agree)
                 group["form"] = asdict(form)
+
+    def _agree(self, reason: str) -> str:
+        return reason if self.replicas is None else self.replicas.agree(reason, self.space.device)
 
     def _obstacle(self, bound: BoundObjective, form: Form) -> str:
         """Why a step in some form cannot be captured; empty: it can."""
         group = self.param_groups[0]
-        for part in (bound.objective, self.sampler, self.rule):
-            if not part.capturable:
+        for part in (bound.objective, self.sampler, self.rule, self.replicas):
+            if part is not None and not part.capturable:
                 return f"{type(part).__name__} does not say that it may be captured"
         directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
         if self.space.device.type != "cuda" or not self.space.pack.fusable([[d.noise(b) for b in self.space.blocks] for d in directions]):

@@ -20,6 +20,7 @@ from torch import Tensor
 from zolightning.estimators.base import Probe
 from zolightning.objectives.base import BoundObjective, total
 from zolightning.objectives.batch import bucket, with_padding
+from zolightning.optim.replicas import Read, Replicas
 from zolightning.samplers.base import Direction
 from zolightning.spaces.base import Space
 
@@ -48,7 +49,14 @@ class Form:
 
 
 def probe_losses(
-    space: Space, probes: Sequence[Probe], directions: Sequence[Direction], eps: float, closure: Callable[[], Any], form: Form, hold: bool
+    space: Space,
+    probes: Sequence[Probe],
+    directions: Sequence[Direction],
+    eps: float,
+    closure: Callable[[], Any],
+    form: Form,
+    hold: bool,
+    replicas: Replicas | None = None,
 ) -> Tensor:
     """Losses of the probes, in their order.
 
@@ -60,22 +68,29 @@ def probe_losses(
         closure: The loss, or an objective bound to a batch.
         form: How.
         hold: As for :meth:`Space.probe`.
+        replicas: Other processes that evaluate a part of it; ``None``: this one alone.
 
     Returns:
         Shape ``[probes]``, of the space's :attr:`compute_dtype`, on its device.
     """
-    losses: list[Tensor] = []
-    with compiled_layers(space) if form.compiled else nullcontext():
-        for first, second in _couples(probes, form.paired):
-            direction = directions[first.query]
-            if second is not None:
-                assert isinstance(closure, BoundObjective)
-                with space.pair(direction, first.sign * eps):
-                    losses += total(*closure.rows(2)).unbind()
-                continue
-            with space.probe(direction, first.sign * eps, hold):
-                losses.append(loss_of(closure, space))
-    return torch.stack([loss.to(space.device, space.compute_dtype) for loss in losses])
+
+    def evaluate(own: Sequence[Probe], read: Read) -> Tensor:
+        """What is read in some of the probes, one after another: ``[own, ...]``."""
+        values: list[Tensor] = []
+        with compiled_layers(space) if form.compiled else nullcontext():
+            for first, second in _couples(own, form.paired):
+                direction, distance = directions[first.query], first.sign * eps
+                with space.probe(direction, distance, hold) if second is None else space.pair(direction, distance):
+                    values += read(1 if second is None else 2)
+        return torch.stack([value.to(space.device, space.compute_dtype) for value in values])
+
+    def losses(copies: int) -> Sequence[Tensor]:
+        if copies == 1:
+            return [loss_of(closure, space)]
+        assert isinstance(closure, BoundObjective)
+        return total(*closure.rows(copies)).unbind()
+
+    return evaluate(probes, losses) if replicas is None else replicas.losses(probes, closure, evaluate, losses)
 
 
 def loss_of(closure: Callable[[], Any], space: Space) -> Tensor:
@@ -102,7 +117,13 @@ def _couples(probes: Sequence[Probe], paired: bool) -> Iterator[tuple[Probe, Pro
 
 
 def choose_form(
-    space: Space, bound: BoundObjective, direction: Direction, eps: float, wanted: dict[str, bool | None], obstacle: Callable[[Form], str]
+    space: Space,
+    bound: BoundObjective,
+    direction: Direction,
+    eps: float,
+    wanted: dict[str, bool | None],
+    obstacle: Callable[[Form], str],
+    agree: Callable[[str], str] = str,
 ) -> Form:
     """The fastest form that is right for this model.
 
@@ -113,6 +134,7 @@ def choose_form(
         eps: Probe distance.
         wanted: ``pair``, ``capture`` and ``compile``: yes, no, or ``None`` for where it works and pays.
         obstacle: Rehearses a step in some form; says why it cannot be captured, or nothing.
+        agree: Called with the reason against a form, if any; gives that of all replicas.
 
     Raises:
         ValueError: A form that was asked for is not right for this model.
@@ -136,6 +158,7 @@ def choose_form(
 
     def take(option: str, better: Form, reason: str) -> Form:
         """The better form, unless there is a reason against it."""
+        reason = agree(reason)
         if reason and wanted[option]:
             raise ValueError(f"{option}=true does not work here: {reason}")
         if reason:

@@ -1,0 +1,167 @@
+"""Replicas: what n devices do in the time of one, what crosses the wire, whether they agree, and what becomes of a killed one.
+
+    python -m benchmarks.replicas --shape smollm2-135m --devices 2 4
+    python -m benchmarks.replicas --shape tiny --devices 2 3 --steps 200 --out docs/results/replicas.json
+
+Each device has the same work, however many there are: in mode ``rows`` its own 16 rows, in mode ``directions`` its own query.
+``efficiency`` is (rows x forwards a second on n devices) / (n x those on one). ``wire`` is what each device sends in a step. After the
+last step the weights of all are compared bit by bit. Then the command trains ``--pretrained`` on some devices, the last process is
+killed in the middle, and the run goes on with another number; its weights are compared with those of one device. Processes are
+started here; on a machine with GPUs each takes one (NCCL), else a core (gloo).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from benchmarks import ledger, shapes
+from zolightning import DenseSpace, RademacherSampler, TwoPoint, ZOOptimizer
+from zolightning.objectives import CandidateCrossEntropy
+from zolightning.optim import Replicas
+from zolightning.optim.checksum import checksum
+from zolightning.optim.replicas import Mode
+
+ROWS = 16  # a device, in mode rows; in all, in mode directions
+WARM_UP = 5
+MODES: tuple[Mode, ...] = ("rows", "directions")
+
+
+def work(rank: int, world: int, mode: Mode, arguments: argparse.Namespace, folder: str) -> None:
+    """One process of a run."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    dist.init_process_group("nccl" if cuda else "gloo", f"file://{folder}/store", timedelta(seconds=300), world, rank)
+    model = shapes.make(arguments.shape, getattr(torch, arguments.dtype), device)
+    batch = shapes.batch(model, ROWS * world if mode == "rows" else ROWS, arguments.tokens, device)
+    bound = CandidateCrossEntropy().on(model, batch)
+    estimator = TwoPoint(1 if mode == "rows" else world)
+    optimizer = ZOOptimizer(DenseSpace(model), RademacherSampler(), estimator, lr=1e-6)
+    if world > 1:
+        optimizer.replicas = Replicas(mode)
+    times = []
+    for _ in range(arguments.steps):
+        start = time.perf_counter()
+        optimizer.step(bound)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    found = {
+        "seconds": statistics.median(times[WARM_UP:]),
+        "payload": optimizer.replicas.payload if optimizer.replicas is not None else 0,
+        "checksum": f"{int(checksum(block.tensor for block in optimizer.space.blocks)) % (1 << 64):016x}",
+        "form": optimizer.param_groups[0]["form"],
+    }
+    Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(world: int, mode: Mode, arguments: argparse.Namespace) -> ledger.Row:
+    """A run on some devices."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(work, (world, mode, arguments, folder), world, start_method="spawn")
+        found = [json.loads(Path(folder, str(rank)).read_text(encoding="utf-8")) for rank in range(world)]
+    seconds = max(each["seconds"] for each in found)
+    row: ledger.Row = {"shape": arguments.shape, "dtype": arguments.dtype, "tokens": arguments.tokens, "mode": mode, "devices": world}
+    row |= {"ms": round(seconds * 1e3, 3), "row_forwards_per_second": round(2 * ROWS * world / seconds, 2)}
+    row |= {"wire": found[0]["payload"] * (world - 1), "steps": arguments.steps, "form": found[0]["form"]}
+    row |= {"checksum": found[0]["checksum"], "equal": len({each["checksum"] for each in found}) == 1}
+    return row
+
+
+def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row:
+    """The command on some devices, one of them killed, the rest on another number; beside one device that nobody kills."""
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "zolightning", "fit", "--model=zolightning.ZOFinetuneModule", "--model.dtype=float32"]
+        command += [f"--model.pretrained={arguments.pretrained}", "--model.estimator=zolightning.TwoPoint"]
+        command += [
+            "--model.estimator.queries=4",
+            "--data=zolightning.TaskDataModule",
+            "--data.task=demo",
+            "--checkpoint.every_n_train_steps=5",
+        ]
+        command += [f"--trainer.accelerator={accelerator}", "--trainer.limit_val_batches=0", "--trainer.max_steps=60"]
+        command += ["--trainer.strategy=zolightning.ReplicaStrategy", "--trainer.strategy.mode=directions", "--ckpt_path=last"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+        def start(name: str, count: int) -> subprocess.Popen[str]:
+            more = [f"--trainer.default_root_dir={folder}/{name}", f"--trainer.devices={count}"]
+            return subprocess.Popen([*command, *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+        assert start("one", 1).wait() == 0
+        run = start("many", devices)
+        while not Path(folder, "many", "checkpoints", "last.ckpt").exists() and run.poll() is None:
+            time.sleep(0.05)
+        os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1]), signal.SIGKILL)
+        start_of_end = time.monotonic()
+        message = run.communicate()[1].strip()
+        took = time.monotonic() - start_of_end
+        load = [torch.load(Path(folder, name, "checkpoints", "last.ckpt"), weights_only=True) for name in ("one", "many")]
+        step = load[1]["global_step"]
+        assert start("many", then).wait() == 0
+        load[1] = torch.load(Path(folder, "many", "checkpoints", "last.ckpt"), weights_only=True)
+        one, many = (checkpoint["state_dict"] for checkpoint in load)
+        equal = all(torch.equal(tensor, many[name]) for name, tensor in one.items())
+    row: ledger.Row = {"pretrained": arguments.pretrained, "devices": devices, "then": then, "resumed_from_step": step, "steps": 60}
+    return row | {"message": message, "seconds_to_stop": round(took, 2), "equal_to_one_device": equal}
+
+
+def table(rows: list[ledger.Row]) -> list[str]:
+    """Lines to print."""
+    head = f"{'shape':14s} {'mode':10s} {'devices':>7s} {'ms/step':>9s} {'rows/s':>10s} "
+    lines = [head + f"{'efficiency':>10s} {'wire B/step':>11s} {'bit-equal':>9s}"]
+    for row in rows:
+        lines.append(
+            f"{row['shape']:14s} {row['mode']:10s} {row['devices']:7d} {row['ms']:9.2f} {row['row_forwards_per_second']:10.1f} "
+            f"{row['efficiency']:10.3f} {row['wire']:11d} {row['equal']!s:>9s}"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="tiny", choices=list(shapes.SHAPES))
+    parser.add_argument("--devices", nargs="+", type=int, default=[2])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pretrained", default="demo", help="trained by the command in the run that is killed")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/replicas.json"))
+    arguments = parser.parse_args()
+    rows: list[ledger.Row] = []
+    for mode in MODES:
+        base = measure(1, mode, arguments)
+        for row in [base, *(measure(world, mode, arguments) for world in arguments.devices)]:
+            row["efficiency"] = round(row["row_forwards_per_second"] / row["devices"] / base["row_forwards_per_second"], 4)
+            rows.append(row)
+            print(table(rows)[0 if len(rows) == 1 else -1], *([table(rows)[-1]] if len(rows) == 1 else []), sep="\n", flush=True)
+    most = max(arguments.devices)
+    resumed = killed(most, most - 1, arguments)
+    print(json.dumps(resumed, indent=1))
+    result: dict[str, Any] = {"command": " ".join(["python -m benchmarks.replicas", *sys.argv[1:]]), "machine": ledger.machine()}
+    result |= {"commit": ledger.commit(), "torch": torch.__version__, "cores": os.cpu_count(), "rows": rows, "killed": resumed}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
