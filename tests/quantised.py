@@ -26,17 +26,21 @@ def quantised(folder: str, kind: str, dtype: Any = "float32") -> nn.Module:
 
 def packed_bits(model: nn.Module) -> dict[str, bytes]:
     """The raw bytes of all packed weights, by the name of their module."""
-    weights = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if p.dtype in (torch.uint8, torch.int8)}
-    return {name.rpartition("layers.")[2]: bits(weight) for name, weight in weights.items()}
+    return {_name(name): bits(p) for name, p in model.named_parameters() if p.dtype in (torch.uint8, torch.int8)}
+
+
+def _name(name: str) -> str:
+    """Without what adapters put around it."""
+    return name.replace("base_layer.", "").replace(".base_layer", "").rpartition("layers.")[2]
 
 
 def scale_bits(model: nn.Module) -> dict[str, bytes]:
     """The raw bytes of all scales of packed weights."""
     found = {}
     for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
         if state is not None:
-            found[name] = bits(state.absmax) + (bits(state.state2.absmax) if state.nested else b"")
-        elif getattr(module, "state", None) is not None:
-            found[name] = bits(module.state.SCB)
+            found[_name(name)] = bits(state.absmax) + (bits(state.state2.absmax) if state.nested else b"")
+        elif "weight" in module._parameters and hasattr(module, "state"):
+            found[_name(name)] = bits(module.state.SCB)
     return found
