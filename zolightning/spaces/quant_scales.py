@@ -56,7 +56,8 @@ class QuantScaleSpace(SwapSpace):
         for index, (path, (module, holder, leaf)) in enumerate(chosen.items()):
             if getattr(holder, "nested", False):
                 _flatten(holder)
-            blocks.append(Block(f"{path}.{leaf}", vars(holder)[leaf]))
+            # Not bitsandbytes' own names: its int8 layers refuse a checkpoint that has theirs.
+            blocks.append(Block(f"{path}.scales", vars(holder)[leaf]))
             owners.append(Owner(index, path, module, leaf, holder))
         check_ids(block.name for block in blocks)
         super().__init__(model, blocks, owners)
