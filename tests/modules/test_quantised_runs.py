@@ -65,6 +65,7 @@ def test_validation_of_a_checkpoint(tiny_folder: str, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_quantisation(tiny_folder: str, tmp_path: Path) -> None:
     fit(tiny_folder, tmp_path, 1, quantization="nf4", space=zl.QuantScaleSpace)
     with pytest.raises(
-        ValueError, match=r"^a checkpoint of another model or space: block 'model\..*q_proj.scales' is float32\[16\] there and float32\[32\] here$"
+        ValueError,
+        match=r"^a checkpoint of another model or space: block 'model\..*q_proj.scales' is float32\[16\] there and float32\[32\] here$",
     ):
         fit(tiny_folder, tmp_path, 2, str(tmp_path / "a.ckpt"), quantization="int8", space=zl.QuantScaleSpace)
