@@ -16,6 +16,7 @@ import zolightning as zl
 
 SPACES: dict[str, Any] = {
     "lora": zl.AdapterSpace,
+    "bank": partial(zl.AdapterSpace, kind="bank"),
     "prefix": partial(zl.AdapterSpace, kind="prefix"),
     "scales": zl.QuantScaleSpace,
     "rest": zl.DenseSpace,
@@ -46,7 +47,7 @@ def test_resumes_to_the_same_bits(tiny_folder: str, tmp_path: Path, kind: str, s
     assert moved(rest) == moved(whole) != moved(half)
     base = quantised(tiny_folder, kind, "bfloat16")
     assert packed_bits(whole.language_model) == packed_bits(base)
-    if space in ("lora", "prefix", "rest"):
+    if space in ("lora", "bank", "prefix", "rest"):
         assert scale_bits(whole.language_model) == scale_bits(base)
 
 
@@ -69,3 +70,17 @@ def test_a_checkpoint_of_another_quantisation(tiny_folder: str, tmp_path: Path) 
         match=r"^a checkpoint of another model or space: block 'model\..*q_proj.scales' is float32\[16\] there and float32\[32\] here$",
     ):
         fit(tiny_folder, tmp_path, 2, str(tmp_path / "a.ckpt"), quantization="int8", space=zl.QuantScaleSpace)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        ({"kind": "bank"}, {"kind": "bank", "seed": 1}, "the checkpoint's space has seed=0, this one seed=1"),
+        ({"alpha": 8.0}, {}, "the checkpoint's space has alpha=8.0, this one alpha=16.0"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter(tiny_folder: str, tmp_path: Path, before: Any, after: Any, text: str) -> None:
+    """The same blocks behind another A or factor are another model."""
+    fit(tiny_folder, tmp_path, 1, space=partial(zl.UnionSpace, spaces=[partial(zl.AdapterSpace, **before)]))
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        fit(tiny_folder, tmp_path, 2, str(tmp_path / "a.ckpt"), space=partial(zl.UnionSpace, spaces=[partial(zl.AdapterSpace, **after)]))

@@ -248,7 +248,8 @@ class ZOModule(pl.LightningModule):
         """Keep the blocks that move, under their canonical names; the base is rebuilt from its id."""
         others = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("model.")}
         checkpoint["state_dict"] = {f"model.{block.name}": block.tensor.detach() for block in self.space.blocks} | others
-        checkpoint["zolightning"] = {"format": _FORMAT, "pretrained": self.pretrained, "blocks": self._describe()}
+        settings = self.space.settings
+        checkpoint["zolightning"] = {"format": _FORMAT, "pretrained": self.pretrained, "blocks": self._describe(), "space": settings}
         biases = getattr(self.objective, "biases", None)
         if biases is not None:
             checkpoint["zolightning"]["biases"] = biases.tolist()
@@ -257,7 +258,7 @@ class ZOModule(pl.LightningModule):
         """Refuse a checkpoint of another model before anything is overwritten.
 
         Raises:
-            ValueError: Blocks, shapes or types differ.
+            ValueError: Blocks, shapes, types or the space's settings differ.
         """
         self.configure_model()
         version = checkpoint.get("zolightning", {}).get("format", _FORMAT)
@@ -269,6 +270,9 @@ class ZOModule(pl.LightningModule):
             if saved.get(name) != own.get(name):
                 there, here = saved.get(name, "missing"), own.get(name, "missing")
                 raise ValueError(f"a checkpoint of another model or space: block {name!r} is {there} there and {here} here")
+        for name, value in checkpoint["zolightning"].get("space", {}).items():
+            if value != self.space.settings[name]:
+                raise ValueError(f"the checkpoint's space has {name}={value}, this one {name}={self.space.settings[name]}")
         biases = checkpoint.get("zolightning", {}).get("biases")
         if biases is not None and self.objective is None:
             self.objective = CandidateCrossEntropy(calibrate=True)

@@ -18,15 +18,17 @@ _INIT = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 class AdapterSpace(DenseSpace):
     r"""The parameters of a peft adapter; the base model, quantised or not, is read-only.
 
-    ``lora`` adds :math:`\frac{\alpha}{r} B A x` to linear maps, with :math:`B = 0` at the start. ``prefix`` puts learned keys and values
-    in front of every layer's own; they start as those of random tokens. The adapter is float32. Its initial values are a pure
-    function of ``seed``. :attr:`model` is a peft model around the base, so a checkpoint holds the adapter under peft's names.
+    ``lora`` adds :math:`\frac{\alpha}{r} B A x` to linear maps, with :math:`B = 0` at the start. ``bank`` does so too, but moves
+    :math:`B` alone: all directions lie in the span of the random :math:`A`, which costs no noise and no update. ``prefix`` puts
+    learned keys and values in front of every layer's own; they start as those of random tokens. The adapter is float32. Its initial
+    values are a pure function of ``seed``. :attr:`model` is a peft model around the base, so a checkpoint holds what moves under
+    peft's names.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
-        kind: ``lora`` or ``prefix``.
-        rank: Rank ``r`` of LoRA.
-        alpha: Factor of LoRA.
+        kind: ``lora``, ``bank`` or ``prefix``.
+        rank: Rank ``r`` of LoRA and bank.
+        alpha: Factor of LoRA and bank.
         targets: Shell patterns over the names of linear maps that get LoRA. Empty: peft's choice for the architecture (often queries
             and values).
         init: How LoRA's ``A`` starts: ``kaiming`` (uniform), ``gaussian`` or ``orthogonal``.
@@ -41,6 +43,7 @@ class AdapterSpace(DenseSpace):
 
     References:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+        Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", 2023 (``bank``).
         Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", ACL 2021.
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023 (both, without backward passes).
     """
@@ -48,7 +51,7 @@ class AdapterSpace(DenseSpace):
     def __init__(
         self,
         model: nn.Module,
-        kind: Literal["lora", "prefix"] = "lora",
+        kind: Literal["lora", "bank", "prefix"] = "lora",
         rank: int = 8,
         alpha: float = 16.0,
         targets: Sequence[str] = (),
@@ -59,7 +62,7 @@ class AdapterSpace(DenseSpace):
         for name, value in (("rank", rank), ("tokens", tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        for name, choice, known in (("kind", kind, ("lora", "prefix")), ("init", init, tuple(_INIT))):
+        for name, choice, known in (("kind", kind, ("lora", "bank", "prefix")), ("init", init, tuple(_INIT))):
             if choice not in known:
                 raise ValueError(f"{name}={choice!r} must be one of {', '.join(known)}")
         try:
@@ -69,7 +72,7 @@ class AdapterSpace(DenseSpace):
         chosen = _linear_maps(model, targets)
         trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
         try:
-            if kind == "lora":
+            if kind != "prefix":
                 config = peft.LoraConfig(
                     task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=chosen, init_lora_weights=_INIT[init]
                 )
@@ -84,7 +87,15 @@ class AdapterSpace(DenseSpace):
             raise ValueError(f"peft cannot put {kind} on a {type(model).__name__}: {str(error).strip().splitlines()[0]}") from error
         for parameter in model.parameters():
             parameter.requires_grad_(trainable.get(id(parameter), True))  # peft freezes the base, which other spaces may move
-        super().__init__(wrapped, include=[name for name, parameter in wrapped.named_parameters() if id(parameter) not in trainable])
+        own = [name for name, parameter in wrapped.named_parameters() if id(parameter) not in trainable]
+        super().__init__(wrapped, include=[name for name in own if kind != "bank" or ".lora_A." not in name])
+        # The same blocks mean something else behind another A or factor.
+        fixed: dict[str, dict[str, Any]] = {"lora": {"alpha": alpha}, "bank": {"alpha": alpha, "init": init, "seed": seed}, "prefix": {}}
+        self._settings = fixed[kind]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
 
 
 def _wrap(model: nn.Module, config: Any, seed: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,6 +71,10 @@ class UnionSpace(Space):
     @property
     def layers(self) -> list[nn.Module]:
         return list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: value for space in self.spaces for name, value in space.settings.items()}
 
     def scratch(self, copies: int, hold: bool) -> int:
         return sum(space.scratch(copies, hold) for space in self.spaces)
