@@ -51,7 +51,7 @@ def test_common(tiny_folder: str, kind: str, spaces: str) -> None:
 
 
 def test_parts_are_the_whole() -> None:
-    """A network cut in two moves as it does in one piece, with both signs in one forward or not, under any scales."""
+    """A network cut in two moves as it does in one piece, under any scales."""
 
     class Uneven(zl.GaussianSampler):
         def scales(self) -> torch.Tensor:
@@ -68,6 +68,24 @@ def test_parts_are_the_whole() -> None:
             optimizer.step(net_closure(model, step))
         ends.append({name: bits(parameter) for name, parameter in model.named_parameters()})
     assert ends[0] == ends[1]
+
+
+def test_both_signs_in_one_forward() -> None:
+    """Weights and biases of the same modules lie in different spaces; packed weights cannot do it."""
+    model, other = Net().eval(), Net().eval()
+    whole = zl.DenseSpace(other, exclude=["scale"])
+    assert not zl.UnionSpace(other, [partial(zl.DenseSpace, include=["scale"])]).pairable  # on the root, with modules inside
+    union = zl.UnionSpace(model, [partial(zl.DenseSpace, include=["*.bias"]), partial(zl.DenseSpace, include=["*.weight"])])
+    outputs = []
+    for net, space in ((model, union), (other, whole)):
+        assert space.pairable
+        sampler = zl.GaussianSampler()
+        sampler.bind(space)
+        with torch.no_grad(), space.pair(sampler.directions(0, 0, 1)[0], 0.1):
+            outputs.append(net(torch.ones(2, 5)))
+        assert type(net.first) is torch.nn.Linear
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0][0], outputs[0][1])
 
 
 def test_the_report_is_of_all_parts() -> None:
