@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nets import Net, bits, lm_closure, net_closure
+from nets import Net, bits, lm_closure, net_closure, tiny
 from quantised import KINDS, packed_bits, quantised, scale_bits
 from test_adapters import awake
 
@@ -116,3 +117,19 @@ def test_the_report_is_of_all_parts() -> None:
 def test_refusals(spaces: list[Any], text: str) -> None:
     with pytest.raises(ValueError, match=f"^{text}$"):
         zl.UnionSpace(Net(), spaces)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_biases_of_packed_modules(tmp_path: Path, kind: str) -> None:
+    """They move beside packed weights that do not; such a module cannot show both signs in one forward."""
+    tiny("qwen2").save_pretrained(tmp_path)
+    model = quantised(str(tmp_path), kind)
+    packed = packed_bits(model)
+    space = zl.DenseSpace(model, include=["*.bias"])
+    assert len(space.blocks) == 6
+    with torch.no_grad():
+        for block in space.blocks:
+            block.tensor.normal_()
+    check_space(space, lm_closure(model), 0.1)
+    assert packed_bits(model) == packed
+    assert not space.pairable
