@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdapterSpace": "spaces",
     "AfterStep": "modules",
     "CandidateCrossEntropy": "objectives",
     "ClosedForm": "modules",
@@ -27,6 +28,7 @@ _HOME = {
     "Policy": "policies",
     "PolicyMetaTrainModule": "modules",
     "PolicySampler": "samplers",
+    "QuantScaleSpace": "spaces",
     "RademacherSampler": "samplers",
     "ReplicaStrategy": "strategies",
     "Reward": "objectives",
@@ -40,6 +42,7 @@ _HOME = {
     "TemplateTask": "tasks",
     "TokenCrossEntropy": "objectives",
     "TwoPoint": "estimators",
+    "UnionSpace": "spaces",
     "ZOFinetuneModule": "modules",
     "ZOModule": "modules",
     "ZOOptimizer": "optim",
@@ -77,8 +80,11 @@ if TYPE_CHECKING:
     from zolightning.samplers import PolicySampler as PolicySampler
     from zolightning.samplers import RademacherSampler as RademacherSampler
     from zolightning.samplers import Sampler as Sampler
+    from zolightning.spaces import AdapterSpace as AdapterSpace
     from zolightning.spaces import DenseSpace as DenseSpace
+    from zolightning.spaces import QuantScaleSpace as QuantScaleSpace
     from zolightning.spaces import Space as Space
+    from zolightning.spaces import UnionSpace as UnionSpace
     from zolightning.strategies import ReplicaStrategy as ReplicaStrategy
     from zolightning.tasks import MultiTaskDataModule as MultiTaskDataModule
     from zolightning.tasks import Task as Task

@@ -58,6 +58,7 @@ class ZOTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
         output: str = "export",
+        merge: bool = False,
     ) -> None:
         """Write the trained model as an ordinary Hugging Face folder.
 
@@ -67,15 +68,15 @@ class ZOTrainer(Trainer):
             ckpt_path: Checkpoint with the trained weights, or "last" for the one of the run folder.
             weights_only: Not used: checkpoints are always read as data, never as code.
             output: Folder to write to.
+            merge: Write ordinary weights instead of an adapter or packed weights: unpacked, with the adapter added.
         """
         model.configure_model()
         checkpoint = None
         if ckpt_path is not None:
             checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
             model.on_load_checkpoint(checkpoint)
-            model.load_blocks(checkpoint["state_dict"])
         task = getattr(datamodule, "task", None)
-        export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown")
+        export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown", merge)
         print(f"model        {output}")
 
     def replay(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import zolightning
 
 _CARD = """---
@@ -31,25 +33,58 @@ tags: [zolightning, zeroth-order]
 """
 
 
-def export_model(module: Any, checkpoint: dict[str, Any] | None, folder: Path, task: str = "unknown") -> None:
+def export_model(module: Any, checkpoint: dict[str, Any] | None, folder: Path, task: str = "unknown", merge: bool = False) -> None:
     """Write model, tokenizer and card.
+
+    An adapter is written as peft writes it, without the base; a quantised model as bitsandbytes packs it.
 
     Args:
         module: A fine-tuning module with its model loaded.
         checkpoint: The checkpoint that the weights come from, for the card.
         folder: Where to write.
         task: Name of the task, for the card.
+        merge: Write a model of ordinary weights instead, in the module's dtype, with the adapter added. The module's model is used up.
 
     Raises:
-        ValueError: The folder cannot be written.
+        ValueError: The folder cannot be written, or the space moves what the files would not hold.
     """
+    model = module.language_model
+    if merge:
+        model = merged(model)
+    elif hasattr(model, "peft_config") and any(".lora_" not in b.name and "prompt_encoder" not in b.name for b in module.space.blocks):
+        raise ValueError("an adapter's files cannot hold the other weights that this space moves: use --merge=true")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        module.language_model.save_pretrained(folder)
+        model.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_card(module, checkpoint, folder.name, task), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write the model to {str(folder)!r}: {error.strerror or error}") from error
+
+
+@torch.no_grad()
+def merged(model: Any) -> Any:
+    """The base with ordinary weights: what was packed is unpacked, LoRA is added.
+
+    Args:
+        model: A model of transformers, or a peft model around one; it is used up.
+
+    Raises:
+        ValueError: It has a prefix, which is no change of weights.
+    """
+    changes: dict[str, torch.Tensor] = {}
+    if hasattr(model, "peft_config"):
+        if not hasattr(model.base_model, "unload"):
+            raise ValueError("a prefix cannot be merged into the weights: export without --merge")
+        layers = model.get_base_model().named_modules()
+        changes = {path: layer.get_delta_weight("default") for path, layer in layers if hasattr(layer, "get_delta_weight")}
+        model = model.unload()
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize()
+    for path, change in changes.items():
+        weight = model.get_submodule(path).weight
+        weight.copy_((weight.float() + change.float()).to(weight.dtype))
+    return model
 
 
 def _card(module: Any, checkpoint: dict[str, Any] | None, name: str, task: str) -> str:

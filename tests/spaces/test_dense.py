@@ -220,7 +220,7 @@ def interrupt_at(count: int) -> Callable[[FrameType, str, Any], Any]:
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         name = frame.f_code.co_name
-        if not frame.f_code.co_filename.endswith("spaces/dense.py") or name not in ("probe", "_swap", "_restore"):
+        if not frame.f_code.co_filename.endswith("spaces/swapping.py") or name not in ("probe", "_swap", "_restore"):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and (name != "probe" or (frame.f_lineno or body + 1) <= body):

@@ -14,6 +14,11 @@ class TwoPoint(Estimator):
 
     Args:
         queries: Directions ``Q`` per step; a step costs ``2 Q`` forwards.
+        clip: Largest size of a derivative along one direction (that is, of ``Q c_q``); larger ones are cut to it. ``None``: as they
+            are. QZO takes 100 for quantisation scales.
+
+    Raises:
+        ValueError: ``clip`` is not positive.
 
     Example:
         >>> TwoPoint(queries=2).coefficients(torch.tensor([1.0, 0.5, 0.2, 0.2]), eps=0.5)
@@ -21,7 +26,14 @@ class TwoPoint(Estimator):
 
     References:
         Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation", 1992.
+        Shang et al., "Fine-tuning Quantized Neural Networks with Zeroth-order Optimization", 2025 (QZO: the clipping).
     """
+
+    def __init__(self, queries: int = 1, clip: float | None = None) -> None:
+        super().__init__(queries)
+        if clip is not None and clip <= 0:
+            raise ValueError(f"clip={clip} must be positive")
+        self.clip = clip
 
     @property
     def probes(self) -> tuple[Probe, ...]:
@@ -29,4 +41,7 @@ class TwoPoint(Estimator):
 
     def coefficients(self, losses: Tensor, eps: float) -> Tensor:
         plus, minus = losses[0::2], losses[1::2]
-        return (plus - minus) / (2 * eps * self.queries)
+        derivatives = (plus - minus) / (2 * eps)
+        if self.clip is not None:
+            derivatives = derivatives.clamp(-self.clip, self.clip)
+        return derivatives / self.queries

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from zolightning.models import DType, load_model, load_tokenizer
+from zolightning.models import DType, Quantization, load_model, load_tokenizer
 from zolightning.modules.evaluation import (
     CALIBRATION,
     EVALUATIONS,
@@ -50,6 +50,8 @@ class ZOModule(pl.LightningModule):
         micro_batch_size: Examples per forward; without it: the whole batch at once.
         attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...).
         trust_remote_code: Run Python code that comes with the model.
+        quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are.
+        double_quantization: Quantise the scales of 4-bit weights too.
     """
 
     strict_loading = False  # the checkpoint holds only what moves
@@ -64,6 +66,8 @@ class ZOModule(pl.LightningModule):
         micro_batch_size: int | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        quantization: Quantization | None = None,
+        double_quantization: bool = False,
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -74,6 +78,7 @@ class ZOModule(pl.LightningModule):
         self.objective = objective
         self.micro_batch_size = micro_batch_size
         self.attn_implementation, self.trust_remote_code = attn_implementation, trust_remote_code
+        self.quantization, self.double_quantization = quantization, double_quantization
         self.model: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._evaluation: Evaluation = CandidateEvaluation()
@@ -114,12 +119,18 @@ class ZOModule(pl.LightningModule):
             raise ValueError(f"trainer.precision={trainer.precision!r}: keep 32-true and set model.dtype instead (now {self.dtype_name})")
 
     def configure_model(self) -> None:
-        """Load the base model once; Lightning moves it to the device."""
+        """Load the base model once, onto the device of the run."""
         if self.model is not None:
             return
-        self.model = load_model(self.pretrained, self.dtype_name, self.device, self.attn_implementation, self.trust_remote_code)
+        # A quantised model is made where it stays: packed weights and their scales do not travel together.
+        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
+        model = load_model(
+            self.pretrained, self.dtype_name, device, self.attn_implementation, self.trust_remote_code, self.quantization,
+            self.double_quantization,
+        )  # fmt: skip
+        self.space = self.make_space(model)
+        self.model = self.space.model  # a space may put something around it
         self.model.train()  # Lightning warns of modules in evaluation mode before training; on_train_start sets it
-        self.space = self.make_space(self.model)
 
     def on_train_start(self) -> None:
         """Make ready for the first step."""
@@ -245,7 +256,8 @@ class ZOModule(pl.LightningModule):
         """Keep the blocks that move, under their canonical names; the base is rebuilt from its id."""
         others = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("model.")}
         checkpoint["state_dict"] = {f"model.{block.name}": block.tensor.detach() for block in self.space.blocks} | others
-        checkpoint["zolightning"] = {"format": _FORMAT, "pretrained": self.pretrained, "blocks": self._describe()}
+        settings = self.space.settings
+        checkpoint["zolightning"] = {"format": _FORMAT, "pretrained": self.pretrained, "blocks": self._describe(), "space": settings}
         biases = getattr(self.objective, "biases", None)
         if biases is not None:
             checkpoint["zolightning"]["biases"] = biases.tolist()
@@ -254,7 +266,7 @@ class ZOModule(pl.LightningModule):
         """Refuse a checkpoint of another model before anything is overwritten.
 
         Raises:
-            ValueError: Blocks, shapes or types differ.
+            ValueError: Blocks, shapes, types or the space's settings differ.
         """
         self.configure_model()
         version = checkpoint.get("zolightning", {}).get("format", _FORMAT)
@@ -266,6 +278,9 @@ class ZOModule(pl.LightningModule):
             if saved.get(name) != own.get(name):
                 there, here = saved.get(name, "missing"), own.get(name, "missing")
                 raise ValueError(f"a checkpoint of another model or space: block {name!r} is {there} there and {here} here")
+        for name, value in checkpoint["zolightning"].get("space", {}).items():
+            if value != self.space.settings[name]:
+                raise ValueError(f"the checkpoint's space has {name}={value}, this one {name}={self.space.settings[name]}")
         biases = checkpoint.get("zolightning", {}).get("biases")
         if biases is not None and self.objective is None:
             self.objective = CandidateCrossEntropy(calibrate=True)
@@ -274,6 +289,7 @@ class ZOModule(pl.LightningModule):
                 self.objective.biases = torch.tensor(biases, dtype=torch.float32, device=self.device)
             else:
                 log.warning("calibrate=false: the candidate biases of the checkpoint are left out")
+        self.load_blocks(checkpoint["state_dict"])  # Lightning finds parameters only
 
     def _describe(self) -> dict[str, str]:
         return {block.name: f"{str(block.dtype).removeprefix('torch.')}{list(block.tensor.shape)}" for block in self.space.blocks}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.estimators import Estimator, TwoPoint
-from zolightning.models import DEMO_EPS, DEMO_LR, DType
+from zolightning.models import DEMO_EPS, DEMO_LR, DType, Quantization
 from zolightning.modules.base import ZOModule
 from zolightning.objectives import CandidateCrossEntropy, Objective
 from zolightning.optim import ZOOptimizer
@@ -37,6 +37,8 @@ class ZOFinetuneModule(ZOModule):
         micro_batch_size: Examples per forward; without it: the whole batch at once.
         attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...).
         trust_remote_code: Run Python code that comes with the model.
+        quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are.
+        double_quantization: Quantise the scales of 4-bit weights too.
 
     Raises:
         ValueError: An argument is out of range.
@@ -62,8 +64,12 @@ class ZOFinetuneModule(ZOModule):
         micro_batch_size: int | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        quantization: Quantization | None = None,
+        double_quantization: bool = False,
     ) -> None:
-        super().__init__(pretrained, dtype, space, objective, micro_batch_size, attn_implementation, trust_remote_code)
+        super().__init__(
+            pretrained, dtype, space, objective, micro_batch_size, attn_implementation, trust_remote_code, quantization, double_quantization
+        )
         self.sampler = sampler if sampler is not None else GaussianSampler()
         self.estimator = estimator if estimator is not None else TwoPoint()
         self.make_optimizer = optimizer

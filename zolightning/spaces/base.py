@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,11 @@ class Space(ABC):
     def layers(self) -> list[nn.Module]:
         """Repeated layers whose forward may be compiled: a probe swaps weights around it, not inside. None by default."""
         return []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint has to agree on beside the blocks, since it decides what the same blocks mean. Nothing by default."""
+        return {}
 
     def scratch(self, copies: int, hold: bool) -> int:
         """Bytes that a probe takes beside the weights.

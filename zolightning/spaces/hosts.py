@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,19 +19,26 @@ LAYER_BYTES = 128 << 20
 
 @dataclass(frozen=True, eq=False)
 class Owner:
-    """A place where a block hangs: ``module._parameters[leaf]``; tied weights have several.
+    """A place where a block hangs: ``slots[leaf]``; tied weights have several.
 
     Args:
         index: Number of the block.
         path: Name of the module.
         module: The module.
         leaf: Name of the parameter in it.
+        holder: The object inside the module of which the block is an attribute; without it: the module's parameter.
     """
 
     index: int
     path: str
     module: nn.Module
     leaf: str
+    holder: object = None
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        """Where the tensor is looked up by the module's forward."""
+        return self.module._parameters if self.holder is None else vars(self.holder)
 
 
 @dataclass(frozen=True, eq=False)

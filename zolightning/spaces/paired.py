@@ -15,8 +15,8 @@ _TWIN = "_zolightning_twin"
 
 
 def pairable(modules: Iterable[nn.Module]) -> bool:
-    """Whether modules can be split in halves: those with weights have no modules inside."""
-    return not any(True for module in modules for _ in module.children())
+    """Whether modules can be split in halves: those with weights have no modules inside, and no packed weights."""
+    return all(not module._modules and all(p is None or p.is_floating_point() for p in module._parameters.values()) for module in modules)
 
 
 def pair(modules: Iterable[nn.Module]) -> None:

@@ -1,0 +1,97 @@
+"""Export from a quantised base: an adapter, a packed model, ordinary weights."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import bits, lm_closure
+from quantised import KINDS, packed_bits, quantised, scale_bits
+from runs import make_module
+
+import zolightning as zl
+from zolightning.export import export_model, merged
+from zolightning.models import load_model
+
+
+def trained(folder: str, kind: str | None, space: Any) -> Any:
+    """A module whose blocks have moved."""
+    module = make_module(folder, space=space, **(KINDS[kind] if kind else {}))
+    module.configure_model()
+    module.model.eval()
+    sampler = zl.GaussianSampler()
+    sampler.bind(module.space)
+    with torch.no_grad():
+        module.space.move(sampler.directions(0, 0, 1), torch.tensor([0.1]), 0.0, torch.tensor(True))
+    return module
+
+
+def loss_of(model: Any) -> float:
+    with torch.no_grad():
+        return float(lm_closure(model.eval())())
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+
+
+@pytest.mark.parametrize("kind", ["lora", "bank", "prefix"])
+def test_an_adapter(tiny_folder: str, tmp_path: Path, kind: Any) -> None:
+    """peft puts it on the same base again."""
+    from peft import PeftModel
+
+    module = trained(tiny_folder, "nf4", partial(zl.AdapterSpace, kind=kind))
+    export_model(module, None, tmp_path)
+    base = quantised(tiny_folder, "nf4")
+    plain = loss_of(base)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    names = {block.name for block in module.space.blocks}
+    assert {name: bits(value) for name, value in again.named_parameters() if name in names} == {
+        block.name: bits(block.tensor) for block in module.space.blocks
+    }
+    assert not (tmp_path / "model.safetensors").exists()
+    if kind != "prefix":
+        assert loss_of(again) == loss_of(module.model) != plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_model(tiny_folder: str, tmp_path: Path, kind: str) -> None:
+    """Moved scales are in the files."""
+    from transformers import AutoModelForCausalLM
+
+    module = trained(tiny_folder, kind, zl.QuantScaleSpace)
+    export_model(module, None, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map={"": "cpu"}).train()
+    assert packed_bits(again) == packed_bits(module.model)
+    if kind != "int8":
+        assert scale_bits(again) == scale_bits(module.model)
+    assert loss_of(module.model) == pytest.approx(loss_of(again), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_ordinary_weights(tiny_folder: str, tmp_path: Path, kind: str | None) -> None:
+    """Unpacked and merged it is the model that was trained, up to rounding."""
+    from transformers import AutoModelForCausalLM
+
+    norms = partial(zl.DenseSpace, include=["*norm*"])
+    spaces = [*([zl.QuantScaleSpace] if kind else []), norms, zl.AdapterSpace]
+    module = trained(tiny_folder, kind, partial(zl.UnionSpace, spaces=spaces))
+    expected = logits_of(module.model)
+    change = (expected - logits_of(quantised(tiny_folder, kind) if kind else load_model(tiny_folder, "float32"))).norm()
+    with pytest.raises(ValueError, match=r"^an adapter's files cannot hold the other weights that this space moves: use --merge=true$"):
+        export_model(module, None, tmp_path / "adapter")
+    export_model(module, None, tmp_path / "model", merge=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    assert not any("lora" in name for name, _ in again.named_parameters())
+    # Kernels of int8 round the activations too.
+    assert float((logits_of(again) - expected).norm() / change) < (0.05 if kind == "int8" else 1e-4)
+
+
+def test_a_prefix_is_no_change_of_weights(tiny_folder: str) -> None:
+    with pytest.raises(ValueError, match=r"^a prefix cannot be merged into the weights: export without --merge$"):
+        merged(zl.AdapterSpace(quantised(tiny_folder, "nf4"), "prefix").model)

@@ -1,0 +1,102 @@
+"""The scales of a quantised model; its packed weights never move."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolightning.blocks import Block, check_ids
+from zolightning.samplers.base import Direction
+from zolightning.spaces.base import SetupReport
+from zolightning.spaces.hosts import Owner
+from zolightning.spaces.interrupts import uninterrupted
+from zolightning.spaces.swapping import SwapSpace
+
+
+class QuantScaleSpace(SwapSpace):
+    r"""The float32 scales of bitsandbytes' packed weights: of 64 weights each in 4 bits, of an output row in 8 bits.
+
+    A weight is :math:`w = s\, q` with a stored number ``q`` that stays. A probe computes with :math:`s \pm \epsilon \sigma z`; an update
+    keeps the scales at zero or above, :math:`s \leftarrow \max(s + \Delta, 0)`, as in QZO. QZO also clips the derivative:
+    :class:`~zolightning.TwoPoint` with ``clip``.
+
+    Scales that are quantised themselves (double quantisation) become float32 when the space is made: 3 bytes more for 64 weights.
+
+    Args:
+        model: A network with linear maps of bitsandbytes, in evaluation mode, on the device where it stays.
+        include: Shell patterns over the names of linear maps; only matching ones move. Empty: all.
+        exclude: Shell patterns; matching ones do not move.
+
+    Raises:
+        ValueError: The model is not quantised, nothing is left to move, or a pattern matches nothing.
+
+    Example:
+        >>> space = QuantScaleSpace(load_model("demo", quantization="nf4"))  # doctest: +SKIP
+        >>> optimizer = ZOOptimizer(space, None, TwoPoint(clip=100.0), lr=1e-7)  # doctest: +SKIP
+
+    References:
+        Shang et al., "Fine-tuning Quantized Neural Networks with Zeroth-order Optimization", 2025 (QZO).
+    """
+
+    def __init__(self, model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+        holders = {path: (module, *found) for path, module in model.named_modules() if (found := _scales(module)) is not None}
+        if not holders:
+            raise ValueError("a QuantScaleSpace needs a quantised model: set quantization to nf4, fp4 or int8")
+        for pattern in (*include, *exclude):
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in holders):
+                raise ValueError(f"pattern {pattern!r} matches no quantised module; names look like {next(iter(holders))!r}")
+        chosen = {path: found for path, found in holders.items() if _matches(path, include or ["*"]) and not _matches(path, exclude)}
+        if not chosen:
+            raise ValueError(f"nothing to move: {len(holders)} quantised modules, include={list(include)}, exclude={list(exclude)}")
+        blocks, owners = [], []
+        for index, (path, (module, holder, leaf)) in enumerate(chosen.items()):
+            if getattr(holder, "nested", False):
+                _flatten(holder)
+            # Not bitsandbytes' own names: its int8 layers refuse a checkpoint that has theirs.
+            blocks.append(Block(f"{path}.scales", vars(holder)[leaf]))
+            owners.append(Owner(index, path, module, leaf, holder))
+        check_ids(block.name for block in blocks)
+        super().__init__(model, blocks, owners)
+
+    @property
+    def pairable(self) -> bool:
+        """Never: the kernels of packed weights take one set of scales."""
+        return False
+
+    def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
+        for owner in self._owners:
+            if owner.slots[owner.leaf] is not self.blocks[owner.index].tensor:
+                raise ValueError(f"{owner.path!r} was moved to other memory after the space was made; make the space afterwards")
+        return super().verify(evaluate, direction, eps, hold)
+
+    def move(self, directions: Sequence[Direction], weights: Tensor, shrink: Tensor | float, valid: Tensor) -> None:
+        with uninterrupted():
+            super().move(directions, weights, shrink, valid)
+            torch._foreach_clamp_min_([block.tensor for block in self.blocks], 0.0)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _scales(module: nn.Module) -> tuple[Any, str] | None:
+    """The object that holds the scales of a module's packed weight, and under which name."""
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    if state is not None:
+        return state, "absmax"
+    weight, state = module._parameters.get("weight"), getattr(module, "state", None)
+    if weight is not None and weight.dtype == torch.int8 and getattr(state, "SCB", None) is not None:
+        return state, "SCB"
+    return None
+
+
+def _flatten(state: Any) -> None:
+    """Replace scales that are quantised themselves by their float32 values."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state.absmax = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float().contiguous()
+    state.nested, state.state2, state.offset = False, None, None

@@ -1,0 +1,203 @@
+"""The mechanism of out-of-place probes: while a module's forward runs, some of its tensors are others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zolightning import kernels
+from zolightning.blocks import Block
+from zolightning.samplers.base import Direction
+from zolightning.spaces.base import SetupReport, Space
+from zolightning.spaces.hosts import LAYER_BYTES, Host, Owner, View, layer_paths
+from zolightning.spaces.interrupts import uninterrupted
+from zolightning.spaces.lazy import LazyWeight
+from zolightning.spaces.paired import pair, pairable, unpair
+from zolightning.spaces.resolution import resolvable_eps
+from zolightning.spaces.watch import ProbeWatch
+
+_SAMPLE = 1 << 16  # elements of a block that the resolution check looks at
+
+
+class SwapSpace(Space):
+    r"""Blocks that are replaced by :math:`W \pm \epsilon \sigma z` in scratch memory while the module around them computes.
+
+    Afterwards the original tensors are back. They are never written by a probe, so nothing drifts: after any probe, exception or
+    Ctrl-C they are what they were, bit for bit.
+
+    Args:
+        model: The network, in evaluation mode.
+        blocks: What moves.
+        owners: The places where the blocks hang; tied blocks have several.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], owners: Sequence[Owner]) -> None:
+        super().__init__(model, blocks)
+        self._owners = tuple(owners)
+        self._raised: dict[str, int] = {}  # blocks that leaked: how many places further up they are swapped
+        self._hosts = self._place()
+        self._everything = Host("", model, self._owners, self.blocks)
+        self._handles: list[RemovableHandle] = []
+        self._watch: ProbeWatch | None = None
+
+    @contextmanager
+    def probe(self, direction: Direction, distance: float, hold: bool = False) -> Iterator[None]:
+        view = View(direction, direction.scales.to(self.compute_dtype) * distance)
+        self.restore()  # nothing to do, unless interrupts came so fast that the last probe could not
+        try:
+            if hold:
+                self._swap(self._everything, view, True)
+                yield
+                return
+            with uninterrupted():  # between a hook and its handle an interrupt would leave the hook for good
+                self._hook(view)
+            yield
+        finally:
+            try:
+                with uninterrupted():
+                    self.restore()
+            except BaseException:  # an interrupt before the signals were held: finish first
+                self.restore()
+                raise
+
+    @property
+    def pairable(self) -> bool:
+        return pairable(owner.module for owner in self._owners)
+
+    @contextmanager
+    def pair(self, direction: Direction, distance: float) -> Iterator[None]:
+        view = View(direction, direction.scales.to(self.compute_dtype) * distance, copies=2)
+        self.restore()
+        try:
+            with uninterrupted():
+                pair(owner.module for host in self._hosts if not host.lazy for owner in host.owners)
+                self._hook(view)
+            yield
+        finally:
+            with uninterrupted():
+                self.restore()
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The repeated layers that are perturbed as a whole."""
+        paths = set(layer_paths(self.model))
+        return [host.module for host in self._hosts if host.path in paths]
+
+    def restore(self) -> None:
+        """Take all hooks away and put the weights back into their modules; harmless where there is nothing to do."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._restore(self._everything)
+        unpair(owner.module for owner in self._owners)
+
+    def scratch(self, copies: int, hold: bool) -> int:
+        sizes = [host.nbytes for host in self._hosts]
+        return copies * (sum(sizes) if hold else max(sizes))
+
+    def _place(self) -> list[Host]:
+        """Decide during whose forward each block is swapped: that of its layer, of its module, or of the module's parent."""
+        layers = layer_paths(self.model)
+        layer_of = {owner.path: next((p for p in layers if f"{owner.path}.".startswith(f"{p}.")), None) for owner in self._owners}
+        sizes: dict[str, int] = defaultdict(int)
+        for owner in self._owners:
+            block = self.blocks[owner.index]
+            sizes[layer_of[owner.path] or ""] += block.numel * block.tensor.element_size()
+        places: dict[str, list[Owner]] = defaultdict(list)
+        for owner in self._owners:
+            layer, parent = layer_of[owner.path], owner.path.rpartition(".")[0] if owner.path else ""
+            own = [layer, owner.path, parent] if layer is not None and sizes[layer] <= LAYER_BYTES else [owner.path, parent]
+            places[own[min(self._raised.get(self.blocks[owner.index].name, 0), len(own) - 1)]].append(owner)
+        return [Host(path, self.model.get_submodule(path), owners, self.blocks) for path, owners in places.items()]
+
+    def _hook(self, view: View) -> None:
+        for host in self._hosts:
+            self._handles.append(host.module.register_forward_pre_hook(partial(self._swap, host, view, False)))
+            self._handles.append(host.module.register_forward_hook(partial(self._restore, host), always_call=True))
+
+    def _swap(self, host: Host, view: View, whole: bool, *hook_arguments: Any) -> None:
+        with self._unseen():
+            fresh = host.materialise(view, whole)
+            if view.copies == 1:
+                fresh = {index: pair[0] for index, pair in fresh.items()}
+            if self._watch:  # tensors that are made together share their memory, and the watch goes by that
+                fresh = {index: tensor.clone() for index, tensor in fresh.items()}
+            for owner in host.owners:
+                if owner.index not in fresh:
+                    fresh[owner.index] = self._lazy(host, owner.index, view)
+                elif self._watch:
+                    self._watch.expect(self.blocks[owner.index].name, fresh[owner.index])
+                owner.slots[owner.leaf] = fresh[owner.index]
+
+    def _lazy(self, host: Host, index: int, view: View) -> LazyWeight:
+        def make(ids: Tensor | None = None) -> Tensor:
+            if self._watch:
+                self._watch.read.add(self.blocks[index].name)
+            with self._unseen():
+                return host.matrix(index, view) if ids is None else host.matrix_rows(index, view, ids)
+
+        return LazyWeight.of(self.blocks[index].tensor, view.copies, make)
+
+    def _unseen(self) -> AbstractContextManager[None]:
+        """What happens inside is the space's own doing."""
+        return self._watch.paused() if self._watch else nullcontext()
+
+    def _restore(self, host: Host, *hook_arguments: Any) -> None:
+        for owner in host.owners:
+            slots = owner.slots
+            scratch, slots[owner.leaf] = slots[owner.leaf], self.blocks[owner.index].tensor
+            if self._watch and scratch is not None and not isinstance(scratch, LazyWeight):
+                self._watch.forget(scratch)
+
+    def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
+        report = self._check_resolution(direction, eps)
+        for _ in range(3):
+            leaked = self._watched_probe(evaluate, direction, eps, hold, report)
+            if not leaked:
+                return report
+            for name in leaked:
+                self._raised[name] = self._raised.get(name, 0) + 1
+            self._hosts = self._place()
+            report.lifted = sorted(self._raised)
+        names = ", ".join(repr(name) for name in sorted(leaked))
+        raise ValueError(
+            f"{names}: read outside the forward of its module and of the module's parent, so a probe would miss it; exclude it"
+        )
+
+    def _watched_probe(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool, report: SetupReport) -> set[str]:
+        """One probe under the watch; returns the blocks that leaked."""
+        self._watch = ProbeWatch(self.model, self.blocks)
+        try:
+            with self._watch as watch, self.probe(direction, eps, hold):
+                report.loss = float(evaluate())
+        finally:
+            self._watch = None
+        if watch.dropout:
+            raise ValueError("the model draws dropout masks, so two probes of one direction would differ; call model.eval()")
+        report.unread = [block.name for block in self.blocks if block.name not in watch.read]
+        return watch.leaked
+
+    def _check_resolution(self, direction: Direction, eps: float) -> SetupReport:
+        """Compare ``W + eps u`` with ``W`` after rounding, on the first elements of every block."""
+        report, changed, total = SetupReport(), 0.0, 0
+        amounts = direction.scales.to(self.compute_dtype) * eps
+        for index, block in enumerate(self.blocks):
+            if direction.scales[index] == 0:
+                continue
+            sample = block.tensor.view(-1)[:_SAMPLE]
+            amount = amounts[index].to(sample.device, kernels.compute_dtype(block.dtype))
+            share = float((kernels.materialise(sample, amount, direction.noise(block)) != sample).float().mean())
+            changed, total = changed + share * block.numel, total + block.numel
+            if share < 0.5:
+                report.unresolved.append(block.name)
+        report.resolved = changed / max(total, 1)
+        if report.resolved < 0.5:
+            dtype = str(self.blocks[0].dtype).removeprefix("torch.")
+            enough = resolvable_eps(self.blocks, direction.scales)
+            raise ValueError(f"eps={eps:g} is below what {dtype} weights of this size resolve (about {enough:.0e})")
+        return report
