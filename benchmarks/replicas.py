@@ -38,6 +38,7 @@ from zolightning.optim.replicas import Mode
 
 ROWS = 16  # a device, in mode rows; in all, in mode directions
 WARM_UP = 5
+KILLED_STEPS = 40  # of the run that is killed
 MODES: tuple[Mode, ...] = ("rows", "directions")
 
 
@@ -99,7 +100,7 @@ def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row
             "--data.task=demo",
             "--checkpoint.every_n_train_steps=5",
         ]
-        command += [f"--trainer.accelerator={accelerator}", "--trainer.limit_val_batches=0", "--trainer.max_steps=60"]
+        command += [f"--trainer.accelerator={accelerator}", "--trainer.limit_val_batches=0", f"--trainer.max_steps={KILLED_STEPS}"]
         command += ["--trainer.strategy=zolightning.ReplicaStrategy", "--trainer.strategy.mode=directions", "--ckpt_path=last"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -121,7 +122,13 @@ def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row
         load[1] = torch.load(Path(folder, "many", "checkpoints", "last.ckpt"), weights_only=True)
         one, many = (checkpoint["state_dict"] for checkpoint in load)
         equal = all(torch.equal(tensor, many[name]) for name, tensor in one.items())
-    row: ledger.Row = {"pretrained": arguments.pretrained, "devices": devices, "then": then, "resumed_from_step": step, "steps": 60}
+    row: ledger.Row = {
+        "pretrained": arguments.pretrained,
+        "devices": devices,
+        "then": then,
+        "resumed_from_step": step,
+        "steps": KILLED_STEPS,
+    }
     return row | {"message": message, "seconds_to_stop": round(took, 2), "equal_to_one_device": equal}
 
 
