@@ -161,7 +161,7 @@ class TestPredictions:
         assert not (tmp_path / "predictions.partial").exists()
 
     def test_text_stays_readable(self, tmp_path: Path) -> None:
-        trainer: Any = type("T", (), {"default_root_dir": str(tmp_path / "new")})()
+        trainer: Any = type("T", (), {"default_root_dir": str(tmp_path / "new"), "is_global_zero": True})()
         PredictionWriter().write_on_epoch_end(trainer, None, [[{"prediction": "größer\n"}], [{"prediction": "東京"}]], [])  # type: ignore[arg-type]
         assert (tmp_path / "new" / "predictions.jsonl").read_text(encoding="utf-8") == (
             '{"prediction": "größer\\n"}\n{"prediction": "東京"}\n'
