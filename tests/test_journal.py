@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -279,11 +281,34 @@ class TestDamage:
         with pytest.raises(ValueError, match=message):
             read(path)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"form": {"paired": 1, "captured": False, "compiled": False, "device": "cpu"}}, "'form' is none"),
+            ({"form": {}}, "'form' is none"),
+            ({"queries": 0}, "'queries' is 0, out of range"),
+            ({"seed": -1}, "'seed' is -1, out of range"),
+            ({"seed": True}, "'seed' is no int"),
+            ({"eps": math.inf}, "'eps' is inf, out of range"),
+            ({"noise": "cauchy"}, "'cauchy' noise"),
+            ({"precision": "int8"}, "'int8' numbers"),
+            ({"blocks": []}, "its blocks are none"),
+            ({"blocks": [["a", "float32", [-1]]]}, "is no block"),
+            ({"blocks": [["a", "int8", [1]]]}, "is no block"),
+            ({"blocks": [["a", "float32", [1]]] * 2}, "one is there twice"),
+            ({"more": 1}, "its settings are"),
+        ],
+    )
+    def test_settings(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+        path, _ = journal_of(tmp_path, 1)
+        settings = json.loads(read(path).first.to_bytes()) | change
+        Appender(path).append((b"S", json.dumps(settings).encode()))
+        with pytest.raises(ValueError, match=message):
+            read(path)
+
     def test_a_length_of_nonsense_allocates_nothing(self, tmp_path: Path) -> None:
         path = tmp_path / "journal.zo"
         head = struct.pack("<BI", ord("R"), 0xFFFFFFF0)
-        import zlib
-
         path.write_bytes(MAGIC + head + struct.pack("<I", zlib.crc32(head, START.checksum)) + b"x" * 40)
         with pytest.raises(ValueError, match="damaged"):
             read(path)

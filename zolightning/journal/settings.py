@@ -104,6 +104,9 @@ class Settings:
                 raise ValueError(f"its setting {name!r} is {str(getattr(self, name))[:20]}, out of range")
         if self.precision not in ("float32", "float64") or self.noise not in (*NOISES, ""):
             raise ValueError(f"it is of {self.precision[:20]!r} numbers and {self.noise[:20]!r} noise, which this version does not know")
+        form = {"paired": bool, "captured": bool, "compiled": bool, "device": str}
+        if self.form is not None and {name: type(value) for name, value in self.form.items()} != form:
+            raise ValueError("its setting 'form' is none")
         if not self.blocks or len({name for name, _, _ in self.blocks}) < len(self.blocks):
             raise ValueError("its blocks are none, or one is there twice")
 
