@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +50,14 @@ def run(tmp_path: Path) -> Run:
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd or tmp_path, env=environment, timeout=200)
 
     return start
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The command in the working folder of a user."""
+    from zolightning.cli import main as entry
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["zolightning"])
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    return lambda *arguments: entry(list(arguments))

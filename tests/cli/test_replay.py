@@ -21,17 +21,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
-    """The command in the working folder of a user."""
-    from zolightning.cli import main as entry
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["zolightning"])
-    monkeypatch.setattr("sys.path", sys.path.copy())
-    return lambda *arguments: entry(list(arguments))
-
-
-@pytest.fixture
 def small(options: list[str]) -> list[str]:
     """Six steps, a log line every two, a checkpoint every four."""
     return [*options, "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=2", "--model.optimizer.lr=0.01"]

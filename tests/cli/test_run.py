@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ import yaml
 from runs import QUESTIONS, write_rows
 
 Main = Callable[..., Any]
-
-
-@pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
-    """The command in the working folder of a user."""
-    from zolightning.cli import main as entry
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["zolightning"])
-    monkeypatch.setattr("sys.path", sys.path.copy())
-    return lambda *arguments: entry(list(arguments))
 
 
 @pytest.fixture
