@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zolightning import kernels
 from zolightning.kernels import Pack, pack
-from zolightning.noise import GaussianNoise, Key, Noise, RademacherNoise
+from zolightning.noise import GaussianNoise, Key, Noise, Purpose, RademacherNoise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((3, 700), (5,), (1,), (), (16, 9), (2048,), (7, 300))
@@ -61,6 +61,22 @@ class TestOneLaunch:
         monkeypatch.setattr(pack, "FUSED_DEVICES", set())
         Pack(one, range(100, 107)).update(factors, rows, 0.01, yes)
         assert [bits(w) for w in one] == [bits(w) for w in two]
+
+    def test_parts_of_a_block(self, kind: type[Noise], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows of a matrix draw the noise of their place in it, for any purpose."""
+        whole, yes = torch.randn(24, 100).to(dtypes[0]).to(DEVICE), torch.tensor(True, device=DEVICE)
+        parts = [whole.clone()[rows] for rows in (slice(0, 8), slice(8, 24))]
+        noise = kind(Key(9, 100, 4), Purpose.BASIS)
+        for devices in (pack.FUSED_DEVICES, set()):
+            monkeypatch.setattr(pack, "FUSED_DEVICES", devices)
+            cut = Pack(parts, [100, 100], [0, 0], [0, 800])
+            made = Pack([whole], [100]).materialise(amounts(1), [noise], copies=2)[0]
+            assert bits(torch.cat(cut.materialise(amounts(1), [noise] * 2, copies=2), dim=1)) == bits(made.clone())
+            moved = whole.clone()
+            Pack([moved], [100]).update(amounts(1)[None], [[noise]], 0.0, yes)
+            own = [part.clone() for part in parts]
+            Pack(own, [100, 100], [0, 0], [0, 800]).update(amounts(1)[None], [[noise] * 2], 0.0, yes)
+            assert bits(torch.cat(own)) == bits(moved)
 
     def test_the_clock_is_the_step(self, kind: type[Noise], dtypes: list[torch.dtype]) -> None:
         """What counts on the device is the clock, not the step in the noises' keys."""

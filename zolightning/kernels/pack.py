@@ -29,11 +29,15 @@ class Pack:
         tensors: The weights; contiguous for :meth:`update`. They must stay where they are.
         ids: 32-bit block id of each.
         slots: Place of each in the amounts that the passes take; without them 0, 1, 2, ...
+        starts: Where each begins in its block, in elements, if it is a part: multiples of 8.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], ids: Sequence[int], slots: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], ids: Sequence[int], slots: Sequence[int] | None = None, starts: Sequence[int] | None = None
+    ) -> None:
         self.tensors, self.ids = tuple(tensors), tuple(ids)
         self.slots = tuple(slots) if slots is not None else tuple(range(len(self.tensors)))
+        self.starts = tuple(starts) if starts is not None else (0,) * len(self.tensors)
 
     @cached_property
     def _tables(self) -> list[tuple[list[int], Table]]:
@@ -43,10 +47,8 @@ class Pack:
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         for index, tensor in enumerate(self.tensors):
             groups[tensor.device, tensor.dtype].append(index)
-        return [
-            (group, Table([self.tensors[i] for i in group], [self.ids[i] for i in group], [self.slots[i] for i in group]))
-            for group in groups.values()
-        ]
+        columns = (self.tensors, self.ids, self.slots, self.starts)
+        return [(group, Table(*([column[i] for i in group] for column in columns))) for group in groups.values()]  # type: ignore[misc]
 
     def fusable(self, noises: Sequence[Sequence[Noise]]) -> bool:
         """Whether the kernels draw the very same numbers: known noise, unchanged by a subclass, keyed by these blocks.
@@ -56,9 +58,9 @@ class Pack:
         """
         if not all(t.device.type in FUSED_DEVICES and t.dtype != torch.float64 and t.is_contiguous() for t in self.tensors):
             return False
-        kind, first = type(noises[0][0]), noises[0][0].key
+        kind, first = type(noises[0][0]), noises[0][0]
         return kind in (GaussianNoise, RademacherNoise) and all(
-            type(noise) is kind and noise.key == replace(first, query=first.query + q, block=block)
+            type(noise) is kind and noise == replace(first, key=replace(first.key, query=first.key.query + q, block=block))
             for q, row in enumerate(noises)
             for noise, block in zip(row, self.ids, strict=True)
         )
@@ -96,8 +98,8 @@ class Pack:
             return [out[index] for index in range(len(self.tensors))]
         parts = amounts.unbind()
         return [
-            plain.materialise(tensor, parts[slot].to(tensor.device, plain.compute_dtype(tensor.dtype)), noise, copies)
-            for tensor, slot, noise in zip(self.tensors, self.slots, noises, strict=True)
+            plain.materialise(tensor, parts[slot].to(tensor.device, plain.compute_dtype(tensor.dtype)), noise, copies, start)
+            for tensor, slot, noise, start in zip(self.tensors, self.slots, noises, self.starts, strict=True)
         ]
 
     def update(
@@ -123,10 +125,10 @@ class Pack:
                 of_one = [row[indices[0]] for row in noises]
                 fused.update(table, own, of_one, rate, valid.to(table.device), _clock(clock, noises[0][0], table.device))
             return
-        for index, (tensor, slot) in enumerate(zip(self.tensors, self.slots, strict=True)):
+        for index, (tensor, slot, start) in enumerate(zip(self.tensors, self.slots, self.starts, strict=True)):
             compute = plain.compute_dtype(tensor.dtype)
             own, rate = amounts[:, slot].to(tensor.device, compute), scalar(shrink, tensor.device, compute)
-            plain.update(tensor, own, [row[index] for row in noises], rate, valid.to(tensor.device))
+            plain.update(tensor, own, [row[index] for row in noises], rate, valid.to(tensor.device), start)
 
 
 def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, clock: Tensor | None, copies: int) -> Tensor:
