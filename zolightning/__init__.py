@@ -20,6 +20,7 @@ _HOME = {
     "Estimator": "estimators",
     "ExpectedDecrease": "modules",
     "GaussianSampler": "samplers",
+    "LowRankSampler": "samplers",
     "MetaObjective": "modules",
     "MomentumSGD": "modules",
     "MultiTaskDataModule": "tasks",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from zolightning.optim import ZOOptimizer as ZOOptimizer
     from zolightning.policies import Policy as Policy
     from zolightning.samplers import GaussianSampler as GaussianSampler
+    from zolightning.samplers import LowRankSampler as LowRankSampler
     from zolightning.samplers import PolicySampler as PolicySampler
     from zolightning.samplers import RademacherSampler as RademacherSampler
     from zolightning.samplers import Sampler as Sampler

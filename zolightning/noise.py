@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar
 
@@ -196,6 +196,45 @@ class RademacherNoise(Noise):
         words = torch.stack(_words(self.key, self.purpose, first, (start + count + 127) // 128, device), dim=-1)
         bits = (words.to(torch.int32).unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=device)) & 1
         return (bits.flatten()[start - first * 128 :][:count] * 2 - 1).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class LowRankNoise(Noise):
+    r"""A matrix :math:`z = B A / \sqrt{r}`: ``B`` (``[N, r]``) is new in every direction, ``A`` (``[r, H]``) in every window of steps.
+
+    Both are Gaussian. ``A`` is rounded to the weights' type, in which models compute with it.
+
+    Args:
+        key: Key of the direction.
+        columns: ``H``.
+        rank: ``r``.
+        window: Steps that share an ``A``.
+        dtype: Type of the weights.
+    """
+
+    columns: int = 1
+    rank: int = 1
+    window: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def left(self) -> GaussianNoise:
+        """Noise of ``B``."""
+        return GaussianNoise(self.key)
+
+    @property
+    def basis(self) -> GaussianNoise:
+        """Noise of ``A``."""
+        return GaussianNoise(replace(self.key, step=self.key.step // self.window, query=0), Purpose.BASIS)
+
+    def draw(self, start: int, count: int, device: torch.device) -> Tensor:
+        first, last = start // self.columns, -(-(start + count) // self.columns)
+        left = self.left.draw(first * self.rank, (last - first) * self.rank, device).view(-1, self.rank)
+        basis = self.basis.draw(0, self.rank * self.columns, device).to(self.dtype).to(torch.float32).view(self.rank, -1)
+        total = torch.zeros(last - first, self.columns, device=device)
+        for j in range(self.rank):  # one after another: the sum must not depend on the device or the piece
+            total = total + left[:, j, None] * basis[j]
+        return (total * self.rank**-0.5).flatten()[start - first * self.columns :][:count]
 
 
 def rounding_bits(key: Key, start: int, count: int, device: torch.device) -> Tensor:

@@ -129,7 +129,7 @@ def _check_mean(samples: Tensor, expected: Tensor, what: str) -> None:
     assert float(worst) <= 1.0, f"{what} is off by {float(worst) * _STANDARD_ERRORS:.1f} standard errors"
 
 
-def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2) -> None:
+def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2, sampler: Sampler | None = None) -> None:
     """Probes are real, repeatable and read-only; an update moves every block; errors inside a probe leave no trace.
 
     The weights are put back at the end.
@@ -138,11 +138,12 @@ def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2) -> 
         space: Any space.
         closure: Evaluates the loss of one fixed batch with the space's model.
         eps: Probe distance, large enough to be seen in the loss.
+        sampler: Distribution of the directions; ``None``: Gaussian.
 
     Raises:
         AssertionError: A property does not hold.
     """
-    sampler = GaussianSampler()
+    sampler = sampler if sampler is not None else GaussianSampler()
     sampler.bind(space)
     direction, second = sampler.directions(seed=1, step=2, queries=2)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from nets import bits
 from torch import Tensor
 
 from zolightning import kernels
-from zolightning.kernels import Pack, pack
+from zolightning.kernels import Pack, pack, plain
 from zolightning.noise import GaussianNoise, Key, Noise, Purpose, RademacherNoise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,3 +144,20 @@ def test_only_known_noise_goes_through_the_kernels(monkeypatch: pytest.MonkeyPat
     assert not one.fusable([row(GaussianNoise), row(GaussianNoise, 2)])
     assert not one.fusable([[GaussianNoise(Key(1, 5, 2)), RademacherNoise(Key(1, 6, 2))]])
     assert not Pack([torch.zeros(3).double()], [5]).fusable([[GaussianNoise(Key(1, 5, 2))]])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 2100), (70, 31), (16, 256)])
+def test_fold_has_the_same_bits(dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of low rank into the weights: one launch, or plain torch."""
+    weight, left, basis = torch.randn(shape).to(dtype), torch.randn(shape[0], 3) * 1e-3, torch.randn(3, shape[1]).to(dtype)
+    noise, shrink = GaussianNoise(Key(5, 77, 9)), torch.tensor(0.01)
+    one, two = weight.clone(), weight.clone().to(DEVICE)
+    plain.fold(one, left, basis, shrink, noise.key)
+    monkeypatch.setattr(pack, "FUSED_DEVICES", {"cuda", "cpu"})
+    kernels.fold(two, left.to(DEVICE), basis.to(DEVICE), shrink.to(DEVICE), noise, None)
+    assert bits(one) == bits(two)
+    exact = weight.double() * 0.99 + left.double() @ basis.double()
+    close = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    assert bool(((one.double() - exact).abs() <= close * exact.abs() + 1e-6).all())

@@ -150,6 +150,28 @@ def _rows(
     tl.store(out + place * width + (at - start), _nearest(w + u, TYPE), mask=mine)
 
 
+@triton.jit(do_not_specialize=[*_SCALARS, "numel", "width"])
+def _fold(
+    weight, left, basis, shrink, clock, block, k0, k1, stream, numel, width,
+    RANK: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * OCTETS
+    row, within = first * 8 // width, (first * 8 % width).to(tl.int32) + tl.arange(0, OCTETS * 8)
+    mine = first * 8 + tl.arange(0, OCTETS * 8) < numel
+    down, column = within // width.to(tl.int32), within % width.to(tl.int32)
+    w = tl.load(weight + first * 8 + tl.arange(0, OCTETS * 8), mask=mine, other=0.0).to(tl.float32)
+    total = tl.zeros([OCTETS * 8], tl.float32)
+    for j in range(RANK):
+        b = tl.load(left + (row + down) * RANK + j, mask=mine, other=0.0)
+        a = tl.load(basis + j * width + column, mask=mine, other=0.0).to(tl.float32)
+        total = total + b * a
+    w = w + (total - w * tl.load(shrink))
+    if tl.float32 != TYPE:
+        octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
+        w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, _u32(block), _u32(tl.load(clock)), _u32(stream)), TYPE)
+    tl.store(weight + first * 8 + tl.arange(0, OCTETS * 8), w, mask=mine)
+
+
 class Table:
     """Where some tensors of one device and type lie, for the kernels.
 
@@ -265,3 +287,21 @@ def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, 
             GAUSSIAN=noise.fused == "gaussian", TYPE=_TYPES[weight.dtype], OCTETS=octets, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def fold(weight: Tensor, left: Tensor, basis: Tensor, shrink: Tensor, noise: Noise, clock: Tensor) -> None:
+    """``weight <- weight + (left @ basis - shrink * weight)`` in place; see :func:`zolightning.kernels.fold`.
+
+    Args:
+        weight: ``[N, H]``, contiguous.
+        left: ``[N, R]``, float32.
+        basis: ``[R, H]``, of the weight's type.
+        shrink: Rate of weight decay: 0-d float32.
+        noise: Its key has the rounding bits.
+        clock: The step: 0-d int64.
+    """
+    with _on(weight.device):
+        _fold[(triton.cdiv(weight.numel(), _OCTETS * 8),)](
+            weight, left, basis, shrink, clock, *_signed(noise.key.block), *_key(noise), weight.numel(), weight.shape[1],
+            RANK=left.shape[1], TYPE=_TYPES[weight.dtype], OCTETS=_OCTETS, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip

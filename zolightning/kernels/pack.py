@@ -156,6 +156,25 @@ def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, 
     return torch.cat([copy[part] for copy, part in zip(whole, ids.chunk(copies), strict=True)])
 
 
+def fold(weight: Tensor, left: Tensor, basis: Tensor, shrink: Tensor, noise: Noise, clock: Tensor | None) -> None:
+    r"""In-place step :math:`W \leftarrow W + (B A - r W)` of a matrix; 16-bit weights are rounded stochastically.
+
+    Args:
+        weight: ``W``: ``[N, H]``, contiguous.
+        left: ``B``: ``[N, R]``, float32 (float64 for float64 weights).
+        basis: ``A``: ``[R, H]``, of the weight's type.
+        shrink: The rate ``r`` of weight decay: 0-d.
+        noise: Its key has the rounding bits.
+        clock: As for :meth:`Pack.materialise`.
+    """
+    if Pack([weight], [noise.key.block]).fusable([[noise]]):
+        from zolightning.kernels import fused
+
+        fused.fold(weight, left, basis, shrink.to(weight.device, torch.float32), noise, _clock(clock, noise, weight.device))
+    else:
+        plain.fold(weight, left, basis, shrink.to(weight.device, plain.compute_dtype(weight.dtype)), noise.key)
+
+
 def scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A 0-d tensor, made without waiting for the device."""
     return value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from zolightning.kernels.rounding import stochastic_round
-from zolightning.noise import Noise, rounding_bits
+from zolightning.noise import Key, Noise, rounding_bits
+
+_FOLD = 1 << 22  # elements that a fold works on at a time
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,3 +46,19 @@ def update(weight: Tensor, amounts: Tensor, noises: Sequence[Noise], shrink: Ten
         if weight.dtype in (torch.bfloat16, torch.float16):
             moved = stochastic_round(moved, rounding_bits(noises[0].key, first + start, stop - start, weight.device), weight.dtype)
         target[start:stop] = torch.where(valid, moved.to(weight.dtype), old)  # a look at the flag would wait for the device
+
+
+def fold(weight: Tensor, left: Tensor, basis: Tensor, shrink: Tensor, key: Key) -> None:
+    """``weight <- weight + (left @ basis - shrink * weight)`` in place; see :func:`zolightning.kernels.fold`."""
+    compute, (height, width) = compute_dtype(weight.dtype), weight.shape
+    rows = max(1, _FOLD // width)
+    for start in range(0, height, rows):
+        target = weight[start : start + rows]
+        old, total = target.to(compute), torch.zeros(target.shape, dtype=compute, device=weight.device)
+        for j in range(left.shape[1]):  # one after another, as the kernel does
+            total = total + left[start : start + rows, j, None] * basis[j].to(compute)
+        moved = old + (total - old * shrink)
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            bits = rounding_bits(key, start * width, moved.numel(), weight.device).view(moved.shape)
+            moved = stochastic_round(moved, bits, weight.dtype)
+        target.copy_(moved)

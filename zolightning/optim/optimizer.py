@@ -98,6 +98,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.rule = rule if rule is not None else SGD()
         self.max_skipped = max_skipped
         self.sampler.bind(space)
+        space.refresh(self.sampler, seed, 0)
         #: What the set-up probe found; ``None`` before the first step.
         self.setup_report: SetupReport | None = None
         #: Probe losses and coefficients of the latest step: shapes ``[probes]`` and ``[queries]``, on the device.
@@ -167,6 +168,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.history.make_room(group["step"])
         self._set_clock(group["lr"], group["step"])
         self.sampler.refresh(group["step"])
+        self.space.refresh(self.sampler, group["seed"], group["step"])
         if self._recorded:
             self.losses, self.coefficients = self._repeat(self._recorded.popleft())
             return self.losses.mean()
@@ -295,7 +297,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             if part is not None and not part.capturable:
                 return f"{type(part).__name__} does not say that it may be captured"
         directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
-        if self.space.device.type != "cuda" or not self.space.pack.fusable([[d.noise(b) for b in self.space.blocks] for d in directions]):
+        if self.space.device.type != "cuda" or not self.space.fusable(directions):
             return "the kernels for it run on a GPU, and know Gaussian and Rademacher noise"
         group["form"] = asdict(form)
         try:

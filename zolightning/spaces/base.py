@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from zolightning import kernels
 from zolightning.blocks import Block
-from zolightning.samplers.base import Direction
+from zolightning.samplers.base import Direction, Sampler
+from zolightning.spaces.factors import Factors
 from zolightning.spaces.interrupts import uninterrupted
 
 
@@ -54,6 +55,38 @@ class Space(ABC):
         for block in self.blocks:
             if not block.tensor.is_contiguous():
                 raise ValueError(f"block {block.name!r} is not contiguous in memory; call .contiguous() on it first")
+        self._sampler: Sampler | None = None  # whose factors these are
+        self._factors: Factors | None = None
+
+    def refresh(self, sampler: Sampler, seed: int, step: int) -> None:
+        """Called before every step; the place for what a captured step cannot do.
+
+        Args:
+            sampler: Gives the step's directions.
+            seed: Seed of the run.
+            step: The coming step.
+        """
+        if sampler is not self._sampler:
+            self._sampler, self._factors = sampler, Factors.of(sampler, self.blocks)
+        if self._factors is not None:
+            self._factors.follow(sampler, seed, step)
+
+    def factors(self, direction: Direction) -> Factors | None:
+        """What moves in low rank along a direction; ``None``: nothing does."""
+        self.refresh(direction.sampler, direction.seed, direction.step)
+        return self._factors
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether blocks move in low rank."""
+        return self._factors is not None
+
+    def fusable(self, directions: Sequence[Direction]) -> bool:
+        """Whether the fused kernels know everything that a step does with the blocks; see :meth:`zolightning.kernels.Pack.fusable`."""
+        factors = self.factors(directions[0])
+        if factors is not None:
+            return factors.fusable(directions)
+        return self.pack.fusable([[direction.noise(block) for block in self.blocks] for direction in directions])
 
     @cached_property
     def pack(self) -> kernels.Pack:
@@ -144,6 +177,10 @@ class Space(ABC):
             valid: 0-d bool tensor; false leaves all weights as they are.
         """
         amounts = weights[:, None] * torch.stack([d.scales for d in directions])
+        if (factors := self.factors(directions[0])) is not None:
+            with uninterrupted():
+                factors.move(directions, amounts, shrink, valid)
+            return
         noises = [[direction.noise(block) for block in self.blocks] for direction in directions]
         with uninterrupted():
             self.pack.update(amounts, noises, shrink, valid, directions[0].clock)

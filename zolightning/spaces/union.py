@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zolightning.blocks import check_ids
-from zolightning.samplers.base import Direction
+from zolightning.samplers.base import Direction, Sampler
 from zolightning.spaces.base import SetupReport, Space
 from zolightning.spaces.interrupts import uninterrupted
 
@@ -50,6 +50,18 @@ class UnionSpace(Space):
         scales = direction.scales.split([len(space.blocks) for space in self.spaces])
         return [(space, replace(direction, scales=part)) for space, part in zip(self.spaces, scales, strict=True)]
 
+    def refresh(self, sampler: Sampler, seed: int, step: int) -> None:
+        for space in self.spaces:
+            space.refresh(sampler, seed, step)
+
+    @property
+    def has_factors(self) -> bool:
+        return any(space.has_factors for space in self.spaces)
+
+    def fusable(self, directions: Sequence[Direction]) -> bool:
+        parts = zip(*(self._parts(direction) for direction in directions), strict=True)
+        return all(part[0][0].fusable([direction for _, direction in part]) for part in parts)
+
     @contextmanager
     def probe(self, direction: Direction, distance: float, hold: bool = False) -> Iterator[None]:
         with ExitStack() as stack:
@@ -70,7 +82,7 @@ class UnionSpace(Space):
 
     @property
     def layers(self) -> list[nn.Module]:
-        return list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
+        return [] if self.has_factors else list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
 
     @property
     def settings(self) -> dict[str, Any]:
