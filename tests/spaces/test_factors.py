@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from nets import bits, lm_closure, tiny
@@ -122,10 +124,8 @@ def test_common(dtype: torch.dtype) -> None:
 
     model = tiny("llama", dtype)
     sampler = LowRankSampler(2, 5)
-    for space in (
-        DenseSpace(model),
-        UnionSpace(model, [lambda m: DenseSpace(m, include=["*mlp*"]), lambda m: DenseSpace(m, exclude=["*mlp*"])]),
-    ):
+    parts = [partial(DenseSpace, include=["*mlp*"]), partial(DenseSpace, exclude=["*mlp*"])]
+    for space in (DenseSpace(model), UnionSpace(model, parts)):
         check_space(space, lm_closure(model), eps=3e-2, sampler=sampler)
 
 

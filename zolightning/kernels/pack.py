@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from zolightning.noise import GaussianNoise, Noise, RademacherNoise
 if TYPE_CHECKING:
     from zolightning.kernels.fused import Table
 
+_T = TypeVar("_T")
 #: Devices on which the Triton kernels run.
 FUSED_DEVICES = {"cuda"} if importlib.util.find_spec("triton") is not None else set()
 
@@ -47,8 +48,14 @@ class Pack:
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         for index, tensor in enumerate(self.tensors):
             groups[tensor.device, tensor.dtype].append(index)
-        columns = (self.tensors, self.ids, self.slots, self.starts)
-        return [(group, Table(*([column[i] for i in group] for column in columns))) for group in groups.values()]  # type: ignore[misc]
+
+        def of(column: Sequence[_T], group: list[int]) -> list[_T]:
+            return [column[index] for index in group]
+
+        return [
+            (group, Table(of(self.tensors, group), of(self.ids, group), of(self.slots, group), of(self.starts, group)))
+            for group in groups.values()
+        ]
 
     def fusable(self, noises: Sequence[Sequence[Noise]]) -> bool:
         """Whether the kernels draw the very same numbers: known noise, unchanged by a subclass, keyed by these blocks.

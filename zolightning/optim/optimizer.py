@@ -106,6 +106,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.coefficients: Tensor | None = None
         #: Other processes that share the evaluation of every step; ``None``: this one alone. Set it before the first step.
         self.replicas: Replicas | None = None
+        #: Called with the number of steps after deferred moves were brought into the weights at that point.
+        self.on_settle: Callable[[int], None] | None = None
         self._wanted = {"pair": pair, "capture": capture, "compile": compile}  # in the order of Form
         defaults = {"lr": lr, "base_lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0, "form": None}
         super().__init__([block.tensor for block in space.blocks], defaults)
@@ -119,6 +121,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         probes, constant = len(self.estimator.probes), self.sampler.constant_scales
         #: What the latest steps did.
         self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
+        self._settled = 0  # step at which no move was waiting
+        self._settles: frozenset[int] = frozenset()  # where recorded steps have a look at the weights
         self._recorded: deque[Row] = deque()  # coming steps whose losses are known
 
     @property
@@ -135,6 +139,39 @@ class ZOOptimizer(torch.optim.Optimizer):
     def skipped(self) -> int:
         """Steps skipped because a loss was not finite (waits for the device)."""
         return int(self._skipped.counts[0])
+
+    @property
+    def deferred(self) -> bool:
+        """Whether moves of low rank wait beside the weights; who looks at the weights then calls :meth:`settle` first."""
+        return self.space.deferred
+
+    @deferred.setter
+    def deferred(self, deferred: bool) -> None:
+        self.settle()
+        self.space.deferred = deferred
+
+    def settle(self) -> None:
+        """Bring deferred moves into the weights.
+
+        Raises:
+            RuntimeError: It repeats steps that were made otherwise.
+        """
+        if not self.deferred or self._settled == self.steps:
+            return
+        if self.repeating and self.steps not in self._settles:
+            raise RuntimeError(
+                f"the recorded steps were made without a look at the weights of step {self.steps}: resume with the old intervals of "
+                "validation and checkpoints, or from the checkpoint alone"
+            )
+        self.space.settle(self.param_groups[0]["seed"], self.steps)
+        self._settled = self.steps
+        if self.on_settle is not None and self.steps not in self._settles:
+            self.on_settle(self.steps)
+
+    @property
+    def must_settle(self) -> bool:
+        """Whether the steps of :meth:`repeat` have a look at the weights here."""
+        return self.steps in self._settles
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the space decides what moves.
@@ -177,7 +214,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self._set_up(work, group["eps"])
             with uninterrupted() if self._form.captured else nullcontext():
                 if self._form.captured and isinstance(work, BoundObjective) and not work.hold:
-                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"]))
+                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"], self.deferred))
                     self._count_step()
                 else:
                     self.losses, self.coefficients = self._compute(work, True)
@@ -218,13 +255,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._skipped.count(valid)
         self._clock.add_(1)
 
-    def repeat(self, rows: Iterable[Row]) -> None:
+    def repeat(self, rows: Iterable[Row], settles: Iterable[int] = ()) -> None:
         """Take the coming steps as a record has them, instead of evaluating losses; :meth:`step` then does not look at its closure.
 
         The weights, the sampler and all counts end as they did when the record was made.
 
         Args:
             rows: The coming steps, in order; the first is the one of :attr:`steps`.
+            settles: Steps at which :meth:`settle` was called.
 
         Raises:
             ValueError: They are other steps.
@@ -232,7 +270,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         rows = tuple(rows)
         if [row.step for row in rows] != list(range(self.steps, self.steps + len(rows))):
             raise ValueError(f"the recorded steps do not go on from step {self.steps}")
-        self._recorded = deque(rows)
+        self._recorded, self._settles = deque(rows), frozenset(settles)
 
     @property
     def repeating(self) -> bool:
@@ -342,9 +380,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         if saved != own:
             raise ValueError(f"the optimizer state is of {saved} blocks, this space has {own}: a checkpoint of another model?")
         state = state_dict["state"]
+        self.settle()
         self.sampler.load_state(state["sampler"])
         super().load_state_dict({**state_dict, "state": {}})
         self.history.restart(self.steps)
+        self._settled = self.steps
         self._skipped.counts.copy_(state["skipped"])
 
 

@@ -55,6 +55,8 @@ class Space(ABC):
         for block in self.blocks:
             if not block.tensor.is_contiguous():
                 raise ValueError(f"block {block.name!r} is not contiguous in memory; call .contiguous() on it first")
+        #: Keep the moves of low rank beside the weights, until :meth:`settle` or the end of their window; weight decay waits with them.
+        self.deferred = False
         self._sampler: Sampler | None = None  # whose factors these are
         self._factors: Factors | None = None
 
@@ -67,9 +69,21 @@ class Space(ABC):
             step: The coming step.
         """
         if sampler is not self._sampler:
+            self.settle(seed, step)
             self._sampler, self._factors = sampler, Factors.of(sampler, self.blocks)
         if self._factors is not None:
             self._factors.follow(sampler, seed, step)
+
+    def settle(self, seed: int, step: int) -> None:
+        """Bring deferred moves into the weights; nothing to do where there are none.
+
+        Args:
+            seed: Seed of the run.
+            step: The coming step.
+        """
+        if self._factors is not None and self._sampler is not None and self.deferred:
+            with uninterrupted():
+                self._factors.settle(self._sampler, seed, step)
 
     def factors(self, direction: Direction) -> Factors | None:
         """What moves in low rank along a direction; ``None``: nothing does."""
@@ -179,7 +193,7 @@ class Space(ABC):
         amounts = weights[:, None] * torch.stack([d.scales for d in directions])
         if (factors := self.factors(directions[0])) is not None:
             with uninterrupted():
-                factors.move(directions, amounts, shrink, valid)
+                factors.move(directions, amounts, shrink, valid, self.deferred)
             return
         noises = [[direction.noise(block) for block in self.blocks] for direction in directions]
         with uninterrupted():

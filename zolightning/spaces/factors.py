@@ -14,6 +14,7 @@ from zolightning import kernels
 from zolightning.blocks import Block
 from zolightning.noise import Key, LowRankNoise, Noise
 from zolightning.samplers.base import Direction, Sampler
+from zolightning.spaces.interrupts import uninterrupted
 
 
 class Factors:
@@ -45,6 +46,7 @@ class Factors:
         self._moved = kernels.Pack([self._left.get(i, block.tensor) for i, block in enumerate(blocks)], ids)
         self._lefts = kernels.Pack([*self._left.values()], own, self.indices)
         self._bases = kernels.Pack([*self._basis.values()], own)
+        self._decay = torch.zeros((), dtype=torch.float32, device=self._gains.device)  # that the weights have not seen yet
         self._drawn: tuple[int, int] | None = None  # seed and window of the basis
 
     @staticmethod
@@ -64,6 +66,12 @@ class Factors:
         """
         if self._drawn == (seed, step // self.window):
             return
+        with uninterrupted():
+            self._renew(sampler, seed, step)
+
+    def _renew(self, sampler: Sampler, seed: int, step: int) -> None:
+        if self._drawn is not None:
+            self.settle(sampler, self._drawn[0], step)
         noises = [sampler.noise(self._blocks[i], Key(seed, self._blocks[i].id, step)) for i in self.indices]
         bases = [noise.basis for noise in noises if isinstance(noise, LowRankNoise)]
         torch._foreach_zero_(list(self._basis.values()))
@@ -90,19 +98,37 @@ class Factors:
         """See :meth:`zolightning.kernels.Pack.fusable`."""
         return self._moved.fusable([self._noises(direction) for direction in directions])
 
-    def move(self, directions: Sequence[Direction], amounts: Tensor, shrink: Tensor | float, valid: Tensor) -> None:
-        """See :meth:`zolightning.spaces.Space.move`; ``amounts`` is ``[queries, blocks]``."""
+    def move(self, directions: Sequence[Direction], amounts: Tensor, shrink: Tensor | float, valid: Tensor, deferred: bool) -> None:
+        """See :meth:`zolightning.spaces.Space.move`; ``amounts`` is ``[queries, blocks]``. Deferred: into ``B`` alone."""
         noises = [self._noises(direction) for direction in directions]
         self._moved.update(amounts * self._gains, noises, shrink, valid, directions[0].clock)
-        decay = torch.where(valid, kernels.scalar(shrink, valid.device, self._gains.dtype), 0.0)
+        self._decay.add_(torch.where(valid, kernels.scalar(shrink, valid.device, torch.float32), 0.0))
+        if not deferred:
+            self._fold(noises[0], directions[0].clock)
+
+    @torch.no_grad()
+    def settle(self, sampler: Sampler, seed: int, step: int) -> None:
+        """Bring deferred moves into the weights.
+
+        Args:
+            sampler: The sampler.
+            seed: Seed of the run.
+            step: The coming step.
+        """
+        self._fold([_moved(sampler.noise(block, Key(seed, block.id, max(step - 1, 0)))) for block in self._blocks], None)
+
+    def _fold(self, noises: Sequence[Noise], clock: Tensor | None) -> None:
         for index in self.indices:
-            kernels.fold(self._blocks[index].tensor, self._left[index], self._basis[index], decay, noises[0][index], directions[0].clock)
-        torch._foreach_zero_(list(self._left.values()))
+            kernels.fold(self._blocks[index].tensor, self._left[index], self._basis[index], self._decay, noises[index], clock)
+        torch._foreach_zero_([self._decay, *self._left.values()])
 
     def _noises(self, direction: Direction) -> list[Noise]:
         """The noise of each block's moved tensor: ``B``, or the block itself."""
-        noises = [direction.noise(block) for block in self._blocks]
-        return [noise.left if isinstance(noise, LowRankNoise) else noise for noise in noises]
+        return [_moved(direction.noise(block)) for block in self._blocks]
+
+
+def _moved(noise: Noise) -> Noise:
+    return noise.left if isinstance(noise, LowRankNoise) else noise
 
 
 class SidePath:
@@ -124,8 +150,8 @@ class SidePath:
         with self.reading():
             out = F.linear(x, self._weight)
         # [copies, rows of a copy, features]: a leading dimension of 2 B cut in halves, or all as they are
-        parts = [y.view(self.copies, -1, y.shape[-1]) for y in (out, F.linear(x, self._basis))]
-        moved = torch.baddbmm(*parts, self._left.to(x.dtype).mT)
+        whole, inner = (y.view(self.copies, -1, y.shape[-1]) for y in (out, F.linear(x, self._basis)))
+        moved = torch.baddbmm(whole, inner, self._left.to(x.dtype).mT)
         if bias is not None:
             moved = moved + (bias[:, None] if bias.dim() == 2 else bias)
         return moved.view(out.shape)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class Source(Protocol):
-    """What computes with a perturbed matrix of ``[N, H]``. With two copies the first half of the input meets ``W + a z``, the second minus."""
+    """What computes with a perturbed matrix, ``[N, H]``. The first half of what two copies get meets ``W + a z``, the other minus."""
 
     copies: int
     #: Context in which it reads the weights.

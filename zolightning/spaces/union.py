@@ -52,7 +52,12 @@ class UnionSpace(Space):
 
     def refresh(self, sampler: Sampler, seed: int, step: int) -> None:
         for space in self.spaces:
+            space.deferred = self.deferred
             space.refresh(sampler, seed, step)
+
+    def settle(self, seed: int, step: int) -> None:
+        for space in self.spaces:
+            space.settle(seed, step)
 
     @property
     def has_factors(self) -> bool:
