@@ -31,7 +31,9 @@ class Failing(zl.CandidateCrossEntropy):
 def fit(pretrained: str, folder: Path, deferred: bool, steps: int = 9, callbacks: Any = (), **options: Any) -> zl.ZOFinetuneModule:
     folder.mkdir(exist_ok=True)
     module = make_module(pretrained, sampler=zl.LowRankSampler(2, 5), deferred_updates=deferred, **options)
-    trainer = make_trainer(folder, steps, callbacks=list(callbacks), val_check_interval=3, check_val_every_n_epoch=None, limit_val_batches=1)
+    trainer = make_trainer(
+        folder, steps, callbacks=list(callbacks), val_check_interval=3, check_val_every_n_epoch=None, limit_val_batches=1
+    )
     trainer.fit(module, film_data(folder))
     return module
 
