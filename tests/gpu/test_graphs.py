@@ -13,7 +13,7 @@ from zolightning.objectives import CandidateCrossEntropy, TokenCrossEntropy
 from zolightning.objectives.base import BoundObjective
 from zolightning.optim import ZOOptimizer
 from zolightning.policies import FeaturePolicy, PertNN
-from zolightning.samplers import GaussianSampler, PolicySampler, RademacherSampler, Sampler
+from zolightning.samplers import GaussianSampler, LowRankSampler, PolicySampler, RademacherSampler, Sampler
 from zolightning.spaces import DenseSpace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -21,6 +21,8 @@ CUDA = torch.device("cuda")
 SAMPLERS = {
     "gaussian": GaussianSampler,
     "rademacher": RademacherSampler,
+    "low_rank": lambda: LowRankSampler(2, 5),
+    "deferred": lambda: LowRankSampler(2, 5),
     "paper": lambda: PolicySampler(PertNN(), refresh_every=3),
     "policy": lambda: PolicySampler(FeaturePolicy(hidden=4), RademacherSampler()),
 }
@@ -50,31 +52,40 @@ def make(model: nn.Module, sampler: Sampler, **options: Any) -> ZOOptimizer:
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_a_graph_has_the_bits_of_launches(family: str, kind: str, pair: bool) -> None:
     """Twelve steps over two widths, with a learning rate that changes, and a run that is resumed after seven."""
+    if pair and family == "gpt2" and kind in ("low_rank", "deferred"):
+        pytest.skip("its maps are not linear modules: they get whole matrices, one sign at a time")
     weights = {}
     for capture in (False, True):
         model = tiny(family, torch.bfloat16, tied=True).to(CUDA)
         optimizer = make(model, SAMPLERS[kind](), pair=pair, capture=capture, compile=False)
+        optimizer.deferred = kind == "deferred"
         for step in range(12):
+            if step == 7:
+                optimizer.settle()
             if capture and step == 7:
                 state = optimizer.state_dict()
                 optimizer = make(model, SAMPLERS[kind]())
+                optimizer.deferred = kind == "deferred"
                 optimizer.load_state_dict(state)
             optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
             optimizer.step(bound(model, step, answers=step % 3 == 0))
         assert (optimizer._form.paired, optimizer._form.captured) == (pair, capture)
         assert optimizer.steps == 12
+        optimizer.settle()
         weights[capture] = state_bits(model)
     assert weights[True] == weights[False] != state_bits(tiny(family, torch.bfloat16, tied=True).to(CUDA))
 
 
-def test_nothing_waits() -> None:
-    """Fifty captured and compiled steps with every wait an error."""
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_nothing_waits(low_rank: bool) -> None:
+    """Fifty captured (and compiled) steps with every wait an error; ends of windows too."""
     model = tiny("llama", torch.bfloat16).to(CUDA)
-    optimizer = make(model, GaussianSampler())
+    optimizer = make(model, LowRankSampler(2, 20) if low_rank else GaussianSampler())
+    optimizer.deferred = low_rank
     work = [bound(model, number) for number in range(2)]
     for one in work:
         optimizer.step(one)
-    assert (optimizer._form.captured, optimizer._form.paired, optimizer._form.compiled) == (True, True, True)
+    assert (optimizer._form.captured, optimizer._form.paired, optimizer._form.compiled) == (True, True, not low_rank)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(50):

@@ -161,3 +161,17 @@ def test_fold_has_the_same_bits(dtype: torch.dtype, shape: tuple[int, int], monk
     exact = weight.double() * 0.99 + left.double() @ basis.double()
     close = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert bool(((one.double() - exact).abs() <= close * exact.abs() + 1e-6).all())
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pass_that_a_benchmark_compares_with(kind: type[Noise]) -> None:
+    """Update and perturbation in one pass give what they give one after the other."""
+    from benchmarks import deferred_pass
+
+    weight, noise = torch.randn(5, 700).to(torch.bfloat16).to(DEVICE), kind(Key(3, 77, 5))
+    one, two, out = weight.clone(), weight.clone(), torch.empty(2, 5, 700, dtype=torch.bfloat16, device=DEVICE)
+    moves, shown, clock = (torch.tensor(v, device=DEVICE) for v in ([0.01], [0.1], 5))
+    deferred_pass.one_pass(one, out, moves, shown, noise, clock)
+    made = deferred_pass.two_passes(deferred_pass.fused.Table([two], [77], [0], [0]), moves, shown, noise, clock)
+    assert (bits(one), bits(out)) == (bits(two), bits(made.contiguous()))

@@ -365,7 +365,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, counters, and the sampler's tensors; no noise, no momentum, nothing of the weights' size."""
+        """Settings, counters, and the sampler's tensors; no noise, no momentum, nothing of the weights' size. The weights are settled."""
+        self.settle()
         state = super().state_dict()
         state["state"] = {"skipped": self._skipped.counts.clone(), "sampler": {k: v.clone() for k, v in self.sampler.state().items()}}
         return state
