@@ -39,7 +39,7 @@ def logits_of(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
 
 
-@pytest.mark.parametrize("kind", ["lora", "bank", "prefix"])
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_an_adapter(tiny_folder: str, tmp_path: Path, kind: Any) -> None:
     """peft puts it on the same base again."""
     from peft import PeftModel
