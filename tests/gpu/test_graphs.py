@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import VOCABULARY, state_bits, tiny
+from nets import VOCABULARY, bits, state_bits, tiny
 from torch import nn
 
 from zolightning.objectives import CandidateCrossEntropy, TokenCrossEntropy
@@ -14,7 +14,7 @@ from zolightning.objectives.base import BoundObjective
 from zolightning.optim import ZOOptimizer
 from zolightning.policies import FeaturePolicy, PertNN
 from zolightning.samplers import GaussianSampler, PolicySampler, RademacherSampler, Sampler
-from zolightning.spaces import DenseSpace
+from zolightning.spaces import DenseSpace, LowRankSpace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -65,6 +65,32 @@ def test_a_graph_has_the_bits_of_launches(family: str, kind: str, pair: bool) ->
         assert optimizer.steps == 12
         weights[capture] = state_bits(model)
     assert weights[True] == weights[False] != state_bits(tiny(family, torch.bfloat16, tied=True).to(CUDA))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "policy"])
+def test_slots_take_turns_in_one_graph(kind: str) -> None:
+    """Ten steps over three windows, resumed inside one: the bits of launches, and one graph for each shape of batch."""
+    weights = {}
+    for capture in (False, True):
+
+        def make(capture: bool = capture) -> ZOOptimizer:
+            space = LowRankSpace(tiny("llama", torch.bfloat16).to(CUDA), rank=2, slots=2, refresh=4)
+            return ZOOptimizer(space, SAMPLERS[kind](), lr=1e-3, eps=1e-2, pair=True, capture=capture, compile=False)
+
+        optimizer = make()
+        for step in range(10):
+            if step == 6:
+                older, optimizer = optimizer, make()
+                with torch.no_grad():
+                    for block, saved in zip(optimizer.space.blocks, older.space.blocks, strict=True):
+                        block.tensor.copy_(saved.tensor)
+                optimizer.load_state_dict(older.state_dict())
+            optimizer.step(bound(optimizer.space.model, step))
+        assert optimizer._form.captured == capture
+        assert len(optimizer._graphs._captured) == (2 if capture else 0)
+        weights[capture] = [bits(block.tensor) for block in optimizer.space.blocks]
+        assert all(bool(block.tensor.any()) for block in optimizer.space.blocks)
+    assert weights[True] == weights[False]
 
 
 def test_nothing_waits() -> None:

@@ -154,9 +154,7 @@ def test_another_architecture(kind: Any) -> None:
 def test_one_adapter_a_model() -> None:
     """A second one would take the place of the first."""
     model = zl.AdapterSpace(tiny("llama")).model
-    with pytest.raises(
-        ValueError, match=r"^'base_model\.[^']*\.q_proj' has an adapter already; the linear maps of a model can have one$"
-    ):
+    with pytest.raises(ValueError, match=r"^'base_model\.[^']*\.q_proj' has an adapter already; the linear maps of a model can have one$"):
         zl.AdapterSpace(model)
 
 

@@ -249,7 +249,6 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _repeat(self, row: Row) -> tuple[Tensor, Tensor]:
         """One step of :meth:`repeat`; whoever made the record has its row."""
-        group = self.param_groups[0]
         lr, losses, coefficients = (
             torch.tensor(value, dtype=self.space.compute_dtype, device=self.space.device)
             for value in (row.lr, row.losses, row.coefficients)

@@ -19,9 +19,9 @@ STANDARD = (*(f"kind:{kind}" for kind in KINDS), "depth", "depth_squared", "size
 class Features:
     r"""Everything that scales may depend on, as tensors that are written in place.
 
-    The names and shapes give fixed columns; those of a block that stands beside a weight of the base model are that weight's. The weights give a mean and an unbiased variance per block, taken anew every so many steps.
-    The probes of the previous step give two losses and the policy's own raw scales. Before the first step the losses are 0 and the
-    raw scales 1, as in the paper.
+    The names and shapes give fixed columns; those of a block that stands beside a weight of the base model are that weight's. The
+    weights give a mean and an unbiased variance per block, taken anew every so many steps. The probes of the previous step give two
+    losses and the policy's own raw scales. Before the first step the losses are 0 and the raw scales 1, as in the paper.
 
     Args:
         blocks: The blocks.

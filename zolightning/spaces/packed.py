@@ -29,10 +29,10 @@ def unpacked(module: nn.Module) -> Tensor:
     weight: Any = module._parameters["weight"]
     found = scales_of(module)
     if found is None:
-        return weight  # type: ignore[no-any-return]
+        return weight
     holder, leaf = found
     if leaf == "SCB":
-        return weight.data * (holder.SCB.view(-1, 1) / 127)  # type: ignore[no-any-return]
+        return weight.data * (holder.SCB.view(-1, 1) / 127)
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, holder)
