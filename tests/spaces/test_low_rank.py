@@ -142,6 +142,9 @@ class TestTurns:
             with DeviceOnly():
                 active = space.active(clock)
             assert active.tolist() == [float(slot == step // 4 % 3) for slot in names]
+        optimizer = zl.ZOOptimizer(space)
+        optimizer._clock.fill_(4)  # a captured step is replayed with a clock that has moved on; the host's number is that of its capture
+        assert torch.equal(optimizer._directions()[0].scales, space.active(torch.tensor(4)))
 
     def test_weight_decay_is_for_all(self) -> None:
         space = zl.LowRankSpace(tiny("llama"), rank=2, slots=2)
@@ -192,9 +195,10 @@ class TestTurns:
             assert moved == {"weight", f"slot{slot}"}
 
 
-def test_both_signs_in_one_forward(tiny_folder: str) -> None:
+@pytest.mark.parametrize("more", [[], [partial(zl.DenseSpace, include=["*norm*"])]], ids=["alone", "with norms"])
+def test_both_signs_in_one_forward(tiny_folder: str, more: list[Any]) -> None:
     """On a packed base; what does not take its turn is not perturbed in either half."""
-    space = zl.LowRankSpace(quantised(tiny_folder, "nf4"), rank=2, slots=2)
+    space = zl.UnionSpace(quantised(tiny_folder, "nf4"), [partial(zl.LowRankSpace, rank=2, slots=2), *more])
     assert space.pairable
     optimizer = zl.ZOOptimizer(space)
     with torch.no_grad():
