@@ -21,6 +21,7 @@ _HOME = {
     "ExpectedDecrease": "modules",
     "GaussianSampler": "samplers",
     "LowRankSampler": "samplers",
+    "LowRankSpace": "spaces",
     "MetaObjective": "modules",
     "MomentumSGD": "modules",
     "MultiTaskDataModule": "tasks",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from zolightning.samplers import Sampler as Sampler
     from zolightning.spaces import AdapterSpace as AdapterSpace
     from zolightning.spaces import DenseSpace as DenseSpace
+    from zolightning.spaces import LowRankSpace as LowRankSpace
     from zolightning.spaces import QuantScaleSpace as QuantScaleSpace
     from zolightning.spaces import Space as Space
     from zolightning.spaces import UnionSpace as UnionSpace

@@ -159,6 +159,23 @@ def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2, sam
             )
         before.check("probing block by block")
         _check_move(space, direction, before)
+    _check_turns(space)
+
+
+def _check_turns(space: Space) -> None:
+    """Which blocks move follows from the step, without a look at the device, and some do."""
+    for step in (0, 1, 1000):
+        clock = torch.tensor(step, device=space.device)
+        with DeviceOnly():
+            active, again = space.active(clock), space.active(clock)
+        if active is None or again is None:
+            assert active is again is None, f"active() is not a function of the step: {active} and {again} for step {step}"
+            continue
+        assert (active.shape, active.dtype) == ((len(space.blocks),), torch.float32), (
+            f"active() gives {active.dtype}{list(active.shape)} for {len(space.blocks)} blocks"
+        )
+        assert torch.equal(active, again), f"active() gives two answers for step {step}"
+        assert set(active.tolist()) in ({1.0}, {0.0, 1.0}), f"active() must be 0 or 1, and 1 somewhere: {active}"
 
 
 class _State:

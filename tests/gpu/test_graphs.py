@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import VOCABULARY, state_bits, tiny
+from nets import VOCABULARY, bits, state_bits, tiny
 from torch import nn
 
 from zolightning.objectives import CandidateCrossEntropy, TokenCrossEntropy
@@ -14,7 +14,7 @@ from zolightning.objectives.base import BoundObjective
 from zolightning.optim import ZOOptimizer
 from zolightning.policies import FeaturePolicy, PertNN
 from zolightning.samplers import GaussianSampler, LowRankSampler, PolicySampler, RademacherSampler, Sampler
-from zolightning.spaces import DenseSpace
+from zolightning.spaces import DenseSpace, LowRankSpace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -74,6 +74,34 @@ def test_a_graph_has_the_bits_of_launches(family: str, kind: str, pair: bool) ->
         optimizer.settle()
         weights[capture] = state_bits(model)
     assert weights[True] == weights[False] != state_bits(tiny(family, torch.bfloat16, tied=True).to(CUDA))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "policy"])
+def test_slots_take_turns_in_one_graph(kind: str) -> None:
+    """Ten steps over three turns, resumed inside one: the bits of launches, and one graph for each shape of batch."""
+
+    def start(capture: bool) -> tuple[ZOOptimizer, list[BoundObjective]]:
+        space = LowRankSpace(tiny("llama", torch.bfloat16).to(CUDA), rank=2, slots=2, refresh=4)
+        optimizer = ZOOptimizer(space, SAMPLERS[kind](), lr=1e-3, eps=1e-2, pair=True, capture=capture, compile=False)
+        return optimizer, [bound(space.model, number) for number in range(2)]
+
+    weights = {}
+    for capture in (False, True):
+        optimizer, work = start(capture)
+        for step in range(10):
+            if step == 6:
+                older = optimizer
+                optimizer, work = start(capture)
+                with torch.no_grad():
+                    for block, saved in zip(optimizer.space.blocks, older.space.blocks, strict=True):
+                        block.tensor.copy_(saved.tensor)
+                optimizer.load_state_dict(older.state_dict())
+            optimizer.step(work[step % 2])
+        assert optimizer._form.captured == capture
+        assert len(optimizer._graphs._captured) == (2 if capture else 0)
+        assert all(bool(block.tensor.any()) for block in optimizer.space.blocks)
+        weights[capture] = [bits(block.tensor) for block in optimizer.space.blocks]
+    assert weights[True] == weights[False]
 
 
 @pytest.mark.parametrize("low_rank", [False, True])

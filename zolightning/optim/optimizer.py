@@ -118,7 +118,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
         self._graphs = StepGraphs(self._compute)
         self._side = torch.cuda.Stream(space.device) if space.device.type == "cuda" else None
-        probes, constant = len(self.estimator.probes), self.sampler.constant_scales
+        probes, constant = len(self.estimator.probes), self.sampler.constant_scales and space.active(self._clock) is None
         #: What the latest steps did.
         self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
         self._settled = 0  # step at which no move was waiting
@@ -228,7 +228,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         hold = bool(getattr(work, "hold", False))
         form = self._form if isinstance(work, BoundObjective) and not hold else Form()
-        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        directions = self._directions()
         losses = probe_losses(self.space, self.estimator.probes, directions, group["eps"], work, form, hold, self.replicas)
         valid = torch.isfinite(losses).all() & live
         coefficients = self.estimator.coefficients(losses, group["eps"])
@@ -242,6 +242,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             if not form.captured:
                 self._count_step()
         return losses, coefficients
+
+    def _directions(self) -> tuple[Direction, ...]:
+        """The directions of the coming step: blocks that do not take their turn in it have scale 0."""
+        group = self.param_groups[0]
+        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        active = self.space.active(self._clock)
+        if active is None:
+            return directions
+        scales = self.sampler.restrict(directions[0].scales, active)
+        return tuple(replace(direction, scales=scales) for direction in directions)
 
     def _change(self, directions: Sequence[Direction], weights: Tensor, shrink: Tensor, losses: Tensor, valid: Tensor) -> None:
         """The change of the weights and of everything that counts it, on the device. The sampler's part runs beside the update."""
@@ -279,13 +289,12 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _repeat(self, row: Row) -> tuple[Tensor, Tensor]:
         """One step of :meth:`repeat`; whoever made the record has its row."""
-        group = self.param_groups[0]
         lr, losses, coefficients = (
             torch.tensor(value, dtype=self.space.compute_dtype, device=self.space.device)
             for value in (row.lr, row.losses, row.coefficients)
         )
         valid, scales = torch.tensor(row.valid, device=self.space.device), row.scales.to(self.space.device)
-        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        directions = self._directions()
         weights, shrink = self.rule.move(coefficients, lr)
         with uninterrupted():
             self._change([replace(direction, scales=scales) for direction in directions], weights, shrink, losses, valid)
@@ -314,7 +323,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _set_up(self, work: Callable[[], Any], eps: float) -> None:
         group = self.param_groups[0]
-        direction = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)[0]
+        direction = self._directions()[0]
         own = work if self.replicas is None else self.replicas.own(work)
         self.setup_report = self._verify(own, direction, eps)
         chosen = (self._form.paired, self._form.captured, self._form.compiled)
@@ -334,7 +343,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         for part in (bound.objective, self.sampler, self.rule, self.replicas):
             if part is not None and not part.capturable:
                 return f"{type(part).__name__} does not say that it may be captured"
-        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        directions = self._directions()
         if self.space.device.type != "cuda" or not self.space.fusable(directions):
             return "the kernels for it run on a GPU, and know Gaussian and Rademacher noise"
         group["form"] = asdict(form)

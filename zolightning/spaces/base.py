@@ -157,6 +157,19 @@ class Space(ABC):
         """What a checkpoint has to agree on beside the blocks, since it decides what the same blocks mean. Nothing by default."""
         return {}
 
+    def active(self, clock: Tensor) -> Tensor | None:
+        """Which blocks move in a step, for spaces whose blocks take turns; ``None``: all of them, in every step.
+
+        It depends on the step alone, by device operations alone: a resumed run, a replica and a captured step find the same.
+
+        Args:
+            clock: Number of the step: 0-d int64, on :attr:`device`.
+
+        Returns:
+            1 for a block that moves, else 0: float32, shape ``[blocks]``.
+        """
+        return None
+
     def scratch(self, copies: int, hold: bool) -> int:
         """Bytes that a probe takes beside the weights.
 

@@ -209,7 +209,7 @@ class SwapSpace(Space):
             changed, total = changed + share * block.numel, total + block.numel
             if share < 0.5:
                 report.unresolved.append(block.name)
-        report.resolved = changed / max(total, 1)
+        report.resolved = changed / total if total else 1.0
         if report.resolved < 0.5:
             dtype = str(self.blocks[0].dtype).removeprefix("torch.")
             enough = resolvable_eps(self.blocks, direction.scales)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zolightning.blocks import check_ids
@@ -92,6 +93,13 @@ class UnionSpace(Space):
     @property
     def settings(self) -> dict[str, Any]:
         return {name: value for space in self.spaces for name, value in space.settings.items()}
+
+    def active(self, clock: Tensor) -> Tensor | None:
+        parts = [space.active(clock) for space in self.spaces]
+        if all(part is None for part in parts):
+            return None
+        every = [torch.ones(len(space.blocks), device=clock.device) for space in self.spaces]
+        return torch.cat([own if part is None else part for own, part in zip(every, parts, strict=True)])
 
     def scratch(self, copies: int, hold: bool) -> int:
         return sum(space.scratch(copies, hold) for space in self.spaces)
