@@ -574,7 +574,7 @@ def test_noise_is_drawn_in_one_place_only() -> None:
     model = Net().eval()
     space, sampler = DenseSpace(model), Counting()
     sampler.bind(space)
-    space.refresh(sampler, 0, 0)  # looks at the kind of noise
+    space.prepare(sampler, 0, 0)  # looks at the kind of noise
     drawn.clear()
     with torch.no_grad(), space.probe(sampler.directions(0, 0, 1)[0], 0.1):
         net_closure(model)()

@@ -158,7 +158,7 @@ def move(space: Space, entry: Entry, sampler: Sampler, rule: Rule) -> None:
     row, settings = entry
     lr, coefficients = (torch.tensor(value, dtype=space.compute_dtype, device=space.device) for value in (row.lr, row.coefficients))
     weights, shrink = rule.move(coefficients, lr)
-    space.refresh(sampler, settings.seed, row.step)
+    space.prepare(sampler, settings.seed, row.step)
     if row.valid:
         scales = row.scales.to(space.device)
         directions = [Direction(sampler, settings.seed, row.step, query, scales) for query in range(settings.queries)]

@@ -300,7 +300,11 @@ class ZOModule(pl.LightningModule):
     def reload_base(self) -> None:
         """Give the blocks the weights of the base model again, where they lie."""
         self.settle()
-        fresh = load_model(self.pretrained, self.dtype_name, "cpu", self.attn_implementation, self.trust_remote_code)
+        device = self.device if self.quantization is not None else "cpu"  # packed weights and their scales do not travel together
+        fresh = load_model(
+            self.pretrained, self.dtype_name, device, self.attn_implementation, self.trust_remote_code, self.quantization,
+            self.double_quantization,
+        )  # fmt: skip
         for block, base in zip(self.space.blocks, self.make_space(fresh).blocks, strict=True):
             block.tensor.copy_(base.tensor)
 

@@ -98,7 +98,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.rule = rule if rule is not None else SGD()
         self.max_skipped = max_skipped
         self.sampler.bind(space)
-        space.refresh(self.sampler, seed, 0)
+        space.prepare(self.sampler, seed, 0)
         #: What the set-up probe found; ``None`` before the first step.
         self.setup_report: SetupReport | None = None
         #: Probe losses and coefficients of the latest step: shapes ``[probes]`` and ``[queries]``, on the device.
@@ -205,7 +205,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.history.make_room(group["step"])
         self._set_clock(group["lr"], group["step"])
         self.sampler.refresh(group["step"])
-        self.space.refresh(self.sampler, group["seed"], group["step"])
+        self.space.prepare(self.sampler, group["seed"], group["step"])
         if self._recorded:
             self.losses, self.coefficients = self._repeat(self._recorded.popleft())
             return self.losses.mean()

@@ -60,7 +60,7 @@ class Space(ABC):
         self._sampler: Sampler | None = None  # whose factors these are
         self._factors: Factors | None = None
 
-    def refresh(self, sampler: Sampler, seed: int, step: int) -> None:
+    def prepare(self, sampler: Sampler, seed: int, step: int) -> None:
         """Called before every step; the place for what a captured step cannot do.
 
         Args:
@@ -87,7 +87,7 @@ class Space(ABC):
 
     def factors(self, direction: Direction) -> Factors | None:
         """What moves in low rank along a direction; ``None``: nothing does."""
-        self.refresh(direction.sampler, direction.seed, direction.step)
+        self.prepare(direction.sampler, direction.seed, direction.step)
         return self._factors
 
     @property

@@ -51,10 +51,10 @@ class UnionSpace(Space):
         scales = direction.scales.split([len(space.blocks) for space in self.spaces])
         return [(space, replace(direction, scales=part)) for space, part in zip(self.spaces, scales, strict=True)]
 
-    def refresh(self, sampler: Sampler, seed: int, step: int) -> None:
+    def prepare(self, sampler: Sampler, seed: int, step: int) -> None:
         for space in self.spaces:
             space.deferred = self.deferred
-            space.refresh(sampler, seed, step)
+            space.prepare(sampler, seed, step)
 
     def settle(self, seed: int, step: int) -> None:
         for space in self.spaces:
