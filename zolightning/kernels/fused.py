@@ -6,7 +6,6 @@ draws new noise at every replay.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,13 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zolightning.kernels.noise import draw, rounding_bits, weave
+from zolightning.kernels.noise import _INTERPRETED, draw, rounding_bits, weave
 from zolightning.kernels.rounding import HALF_INFINITY, HALF_NAN, TO_HALF
 from zolightning.noise import Noise
 
 _TO_HALF = tl.constexpr(TO_HALF)
 _HALF_INFINITY, _HALF_NAN = tl.constexpr(HALF_INFINITY), tl.constexpr(HALF_NAN)
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _OCTETS = 256  # octets (8 elements) that a program works on at a time, one a thread
 _PARTS = 4  # how often it does so, where there is enough work for all programs; what it looks up first then counts less
 _MANY = 1 << 21  # octets that are enough
