@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 POINTERS = {
-    "rows": "*i64", "segments": "*i32", "amounts": "*fp32", "clock": "*i64", "valid": "*i1", "shrink": "*fp32", "ids": "*i64", "left": "*fp32",
+    "rows": "*i64", "segments": "*i32", "amounts": "*fp32", "clock": "*i64", "valid": "*i1", "shrink": "*fp32", "ids": "*i64",
+    "left": "*fp32",
 }  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def compile_all() -> None:
 
     for dtype, kind, gaussian in (("fp16", tl.float16, True), ("bf16", tl.bfloat16, False)):
         constants: dict[str, Any] = {"GAUSSIAN": gaussian, "TYPE": kind, "ALIGNED": True, "COPIES": 2, "OCTETS": 256, "PARTS": 4, "RANK": 8}
-        types = POINTERS | {name: f"*{dtype}" for name in ("out", "weight", "basis")}
+        types = POINTERS | dict.fromkeys(("out", "weight", "basis"), f"*{dtype}")
         for kernel in (fused._materialise, fused._update, fused._rows, fused._fold):
             own = {name: value for name, value in constants.items() if name in kernel.arg_names}
             signature = {name: "constexpr" if name in own else types.get(name, "i32") for name in kernel.arg_names}
