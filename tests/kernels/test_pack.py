@@ -106,8 +106,11 @@ def test_weights_that_were_moved_are_noticed() -> None:
     one, noise = Pack([parameter], [2]), GaussianNoise(Key(1, 2, 3))
     one.materialise(torch.ones(1, device=DEVICE), [noise])
     parameter.data = parameter.data.clone()
-    with pytest.raises(RuntimeError, match="the weights were moved to other memory after the space was made"):
+    with pytest.raises(RuntimeError, match="the weights were moved to other memory after the optimizer was made"):
         one.materialise(torch.ones(1, device=DEVICE), [noise])
+    one.settle()
+    found = one.materialise(torch.ones(1, device=DEVICE), [noise])[0][0]
+    assert bits(found) == bits(kernels.materialise(parameter.data, torch.tensor(1.0, device=DEVICE), noise))
 
 
 def test_only_known_noise_goes_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,11 @@ class Pack:
             for noise, block in zip(row, self.ids, strict=True)
         )
 
+    def settle(self) -> None:
+        """Find the tensors again if they were moved to other memory. Captured graphs know the old places: not for the middle of a run."""
+        if "_tables" in self.__dict__ and not all(table.still_there() for _, table in self._tables):
+            del self.__dict__["_tables"]
+
     def check_places(self) -> None:
         """Make sure that the kernels will find the tensors.
 
@@ -70,7 +75,7 @@ class Pack:
             RuntimeError: A tensor was moved to other memory.
         """
         if "_tables" in self.__dict__ and not all(table.still_there() for _, table in self._tables):
-            raise RuntimeError("the weights were moved to other memory after the space was made; make the space afterwards")
+            raise RuntimeError("the weights were moved to other memory after the optimizer was made; make the optimizer afterwards")
 
     def materialise(self, amounts: Tensor, noises: Sequence[Noise], clock: Tensor | None = None, copies: int = 1) -> list[Tensor]:
         r"""Perturbed copies :math:`W_i + a_i z_i`, rounded once to the nearest value of the weights' type.

@@ -60,6 +60,10 @@ class Space(ABC):
         """All blocks, for one pass over them."""
         return kernels.Pack([block.tensor for block in self.blocks], [block.id for block in self.blocks])
 
+    def settle(self) -> None:
+        """Take the blocks where they are now: between two runs a model may have been on another device. A new optimizer calls it."""
+        self.pack.settle()
+
     @property
     def numel(self) -> int:
         """Number of elements that move."""

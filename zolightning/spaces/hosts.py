@@ -96,6 +96,11 @@ class Host:
         blocks = [self.blocks[index] for index in indices]
         return Pack([block.tensor for block in blocks], [block.id for block in blocks], indices)
 
+    def settle(self) -> None:
+        """Find the blocks again if they were moved to other memory."""
+        for pack in (*self._packs.values(), *self._matrices.values()):
+            pack.settle()
+
     def materialise(self, view: View, whole: bool) -> dict[int, Tensor]:
         """The perturbed blocks by number, each ``[copies, *shape]``; ``whole``: the lazy ones too."""
         return self._pass(self._packs[whole], view) if self._packs[whole].tensors else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ class QuantScaleSpace(SwapSpace):
             raise ValueError(f"nothing to move: {len(holders)} quantised modules, include={list(include)}, exclude={list(exclude)}")
         blocks, owners = [], []
         for index, (path, (module, holder, leaf)) in enumerate(chosen.items()):
-            if getattr(holder, "nested", False):
-                _flatten(holder)
+            if leaf == "absmax":
+                _settle(holder)
             # Not bitsandbytes' own names: its int8 layers refuse a checkpoint that has theirs.
             blocks.append(Block(f"{path}.scales", vars(holder)[leaf]))
             owners.append(Owner(index, path, module, leaf, holder))
@@ -64,7 +65,12 @@ class QuantScaleSpace(SwapSpace):
 
     @property
     def pairable(self) -> bool:
-        """Never: the kernels of packed weights take one set of scales."""
+        """Never: it would save nothing.
+
+        Every weight depends on a scale, so the signs share no unpacked matrix: 4-bit weights are unpacked twice and multiplied twice,
+        in one forward as in two (8-bit ones are multiplied as often). What the signs could share is the noise of the scales, a 64th
+        of the weights. Against it stand outputs that have to be put together, and activations of twice the rows.
+        """
         return False
 
     def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
@@ -94,9 +100,24 @@ def _scales(module: nn.Module) -> tuple[Any, str] | None:
     return None
 
 
-def _flatten(state: Any) -> None:
-    """Replace scales that are quantised themselves by their float32 values."""
-    from bitsandbytes.functional import dequantize_blockwise
+def _settle(state: Any) -> None:
+    """Make the scales one float32 tensor that stays the same object, also when the model goes to another device."""
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
 
-    state.absmax = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float().contiguous()
-    state.nested, state.state2, state.offset = False, None, None
+        state.absmax = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float().contiguous()
+        state.nested, state.state2, state.offset = False, None, None
+    if not hasattr(state, "travels"):
+        state.__class__ = _travelling(type(state))
+
+
+@cache
+def _travelling(kind: Any) -> type:
+    """The class of 4-bit states whose scales move to another device as a parameter does: the tensor stays, its memory changes."""
+
+    def to(self: Any, device: torch.device) -> None:
+        scales = self.absmax
+        kind.to(self, device)
+        scales.data, self.absmax = self.absmax, scales
+
+    return type(kind.__name__, (kind,), {"to": to, "travels": True})

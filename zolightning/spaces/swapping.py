@@ -89,6 +89,11 @@ class SwapSpace(Space):
         paths = set(layer_paths(self.model))
         return [host.module for host in self._hosts if host.path in paths]
 
+    def settle(self) -> None:
+        super().settle()
+        for host in (*self._hosts, self._everything):
+            host.settle()
+
     def restore(self) -> None:
         """Take all hooks away and put the weights back into their modules; harmless where there is nothing to do."""
         while self._handles:

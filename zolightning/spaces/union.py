@@ -76,6 +76,11 @@ class UnionSpace(Space):
     def settings(self) -> dict[str, Any]:
         return {name: value for space in self.spaces for name, value in space.settings.items()}
 
+    def settle(self) -> None:
+        super().settle()
+        for space in self.spaces:
+            space.settle()
+
     def scratch(self, copies: int, hold: bool) -> int:
         return sum(space.scratch(copies, hold) for space in self.spaces)
 
