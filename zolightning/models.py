@@ -97,7 +97,7 @@ def load_model(
         raise ValueError(f"{pretrained!r} is no trained causal language model: it has no weights for {missing!r}")
     if packing is None:
         return model.to(device).eval()
-    _settle(model, getattr(torch, dtype))
+    settle(model, getattr(torch, dtype))
     return model.eval()
 
 
@@ -167,27 +167,30 @@ def _stored(config: Any) -> Packing | None:
 
 
 def _need_bitsandbytes(who: str) -> None:
-    """Import it, and keep it silent.
+    """Make sure that bitsandbytes is there.
 
     Raises:
         ValueError: It is missing.
     """
-    # It reports every cast of an input of int8, in every forward.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{who} needs bitsandbytes: pip install zolightning[quant]") from error
 
 
-def _settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let packed weights and scales stay where they are from now on, and let files that came packed compute as ours do.
 
     On CPUs with AVX512-BF16 a first forward would pack 4-bit weights anew and round their scales to bfloat16; int8 layers take
     their scales out of the weight at the first forward. Files name a type to compute with, and have int8 outliers.
+
+    Args:
+        model: A model with packed weights.
+        dtype: The type to compute with.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast of an input of int8, in every forward
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -196,7 +199,7 @@ def _settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.state.threshold = 0.0
             if module.weight.CB is not None:
                 module.init_8bit_state()
-    model.config.quantization_config.llm_int8_threshold = 0.0  # type: ignore[union-attr]
+    model.config.quantization_config.llm_int8_threshold = 0.0
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -108,7 +108,7 @@ def _settle(state: Any) -> None:
         state.absmax = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float().contiguous()
         state.nested, state.state2, state.offset = False, None, None
     if not hasattr(state, "travels"):
-        state.__class__ = _travelling(type(state))
+        state.__class__ = _travelling(state.__class__)
 
 
 @cache
