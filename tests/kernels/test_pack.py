@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import bits
-from torch import Tensor
+from torch import Tensor, nn
 
+import zolightning as zl
 from zolightning import kernels
 from zolightning.kernels import Pack, pack
 from zolightning.noise import GaussianNoise, Key, Noise, RademacherNoise
@@ -111,6 +112,27 @@ def test_weights_that_were_moved_are_noticed() -> None:
     one.settle()
     found = one.materialise(torch.ones(1, device=DEVICE), [noise])[0][0]
     assert bits(found) == bits(kernels.materialise(parameter.data, torch.tensor(1.0, device=DEVICE), noise))
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
+def test_a_new_optimizer_finds_weights_that_were_moved() -> None:
+    """What an older one has captured would go astray, so it does not."""
+    net = nn.Linear(3, 3, device=DEVICE).requires_grad_(False)
+    space, x = zl.DenseSpace(net), torch.ones(2, 3, device=DEVICE)
+    sampler = zl.ZOOptimizer(space).sampler
+
+    def probe() -> Tensor:
+        with space.probe(sampler.directions(0, 0, 1)[0], 0.1):
+            return net(x)
+
+    before = probe()
+    for parameter in net.parameters():
+        parameter.data = parameter.data.clone()
+    with pytest.raises(RuntimeError, match="make the optimizer afterwards"):
+        probe()
+    zl.ZOOptimizer(space)
+    assert torch.equal(probe(), before)
 
 
 def test_only_known_noise_goes_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
