@@ -118,12 +118,12 @@ def test_weights_that_were_moved_are_noticed() -> None:
 @pytest.mark.usefixtures("everywhere")
 def test_a_new_optimizer_finds_weights_that_were_moved() -> None:
     """What an older one has captured would go astray, so it does not."""
-    net = nn.Linear(3, 3, device=DEVICE).requires_grad_(False)
+    net = nn.Linear(3, 3, device=DEVICE)
     space, x = zl.DenseSpace(net), torch.ones(2, 3, device=DEVICE)
     sampler = zl.ZOOptimizer(space).sampler
 
     def probe() -> Tensor:
-        with space.probe(sampler.directions(0, 0, 1)[0], 0.1):
+        with torch.no_grad(), space.probe(sampler.directions(0, 0, 1)[0], 0.1):
             return net(x)
 
     before = probe()
