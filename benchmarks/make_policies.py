@@ -63,7 +63,7 @@ def main() -> None:
     wanted = arguments.tasks.split(",") if arguments.tasks else sorted({task for task, _ in found})
     statistics = pool([value for (task, _), value in found.items() if task in wanted])
     space = DenseSpace(load_model(arguments.pretrained, "bfloat16"))
-    blocks = [BlockInfo(block.name, tuple(block.tensor.shape)) for block in space.blocks]
+    blocks = [BlockInfo.of(block) for block in space.blocks]
     shares = statistics.by_name("fisher")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "curvature.json").write_text(json.dumps(shares), encoding="utf-8")

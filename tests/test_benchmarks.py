@@ -102,11 +102,11 @@ def test_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     from benchmarks import quantised
 
     small = ["--shapes", "tiny", "--tokens", "8", "--repeats", "1", "--out", str(tmp_path)]
-    for more in (["--spaces", "adapter", "scales", "--quantizations", "nf4"], ["--spaces", "scales", "--quantizations", "nf4", "int8"]):
+    for more in (["--spaces", "bank", "scales", "--quantizations", "nf4"], ["--spaces", "scales", "--quantizations", "nf4", "int8"]):
         monkeypatch.setattr("sys.argv", ["quantised", *small, *more])
         quantised.main()
     rows = json.loads((tmp_path / "quantised.json").read_text())["rows"]
-    assert [(row["quantization"], row["space"]) for row in rows] == [("nf4", "adapter"), ("nf4", "scales"), ("int8", "scales")]
+    assert [(row["quantization"], row["space"]) for row in rows] == [("nf4", "bank"), ("nf4", "scales"), ("int8", "scales")]
     assert {row["command"].split(" ", 3)[3] for row in rows[1:]} == {" ".join([*small, *more])}
     assert all(row["ratio"] == pytest.approx(row["ours_ms"] / row["limit_ms"], rel=1e-3) for row in rows)
     assert re.search(r"^tiny +int8 +scales +0\.00 +- +- +- +\d", capsys.readouterr().out, re.M)

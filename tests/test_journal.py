@@ -24,13 +24,14 @@ from zolightning.noise import GaussianNoise
 from zolightning.optim import SGD, Move, Rule, ZOOptimizer
 from zolightning.optim.history import Row
 from zolightning.policies import FeaturePolicy, PertNN
-from zolightning.samplers import GaussianSampler, PolicySampler, RademacherSampler, Sampler
+from zolightning.samplers import GaussianSampler, LowRankSampler, PolicySampler, RademacherSampler, Sampler
 from zolightning.spaces import DenseSpace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SAMPLERS: dict[str, Any] = {
     "gaussian": GaussianSampler,
     "rademacher": RademacherSampler,
+    "low_rank": lambda: LowRankSampler(2, 5),
     "paper": lambda: PolicySampler(PertNN(), refresh_every=3),
     "policy": lambda: PolicySampler(FeaturePolicy(hidden=4), RademacherSampler()),
 }
@@ -442,3 +443,66 @@ def test_scales_once_where_they_do_not_change(tmp_path: Path) -> None:
     constant = pack_rows(rows, entries[0].settings, rows[0].scales, 0)
     changing = pack_rows([row._replace(scales=row.scales + row.step) for row in rows], entries[0].settings, rows[0].scales, 0)
     assert len(changing) - len(constant) == 11 * 7 * 4
+
+
+class TestDeferred:
+    """Moves of low rank that wait beside the weights."""
+
+    def optimizer(self, path: Path, dtype: torch.dtype = torch.bfloat16, decay: float = 0.01) -> tuple[ZOOptimizer, Recorder]:
+        optimizer = ZOOptimizer(DenseSpace(Net(dtype).eval()), LowRankSampler(2, 5), lr=0.02, eps=0.1, rule=SGD(decay))
+        optimizer.deferred = True
+        return optimizer, Recorder(path, optimizer, "net")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_replay(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        """Looks at steps 3 and 8, inside windows, are part of the record; so is that none was taken elsewhere."""
+        optimizer, recorder = self.optimizer(tmp_path / "journal.zo", dtype)
+        seen = {}
+        for first, last in ((0, 3), (3, 8), (8, 13)):
+            run(optimizer, recorder, first, last)
+            optimizer.settle()
+            seen[last] = state_bits(optimizer.space.model)
+        recorder.drain()
+        assert read(recorder.path).settles == [3, 8, 13]
+        for step, expected in seen.items():
+            model = Net(dtype).eval()
+            assert zl.replay(recorder.path, model, step) == step
+            assert state_bits(model) == expected
+
+    def test_a_run_that_goes_on_has_the_same_bits(self, tmp_path: Path) -> None:
+        """It repeats recorded steps, looks where they were looked at, and refuses to look elsewhere."""
+        optimizer, recorder = self.optimizer(tmp_path / "journal.zo")
+        run(optimizer, recorder, 0, 3)
+        optimizer.settle()
+        run(optimizer, recorder, 3, 8)
+        recorder.drain()
+        journal = read(recorder.path)
+        recorder.close()
+        run(optimizer, None, 8, 13)
+        optimizer.settle()
+        again, _ = self.optimizer(tmp_path / "other.zo")
+        again.repeat((entry.row for entry in journal.entries), journal.settles)
+        for step in range(8):
+            assert again.must_settle == (step == 3)
+            if again.must_settle:
+                again.settle()
+            elif step == 6:
+                with pytest.raises(RuntimeError, match="without a look at the weights of step 6: resume with the old intervals"):
+                    again.settle()
+            again.step(lambda: torch.tensor(math.nan))
+        run(again, None, 8, 13)
+        again.settle()
+        assert state_bits(again.space.model) == state_bits(optimizer.space.model)
+
+    def test_weights_are_those_of_moves_made_at_once(self, tmp_path: Path) -> None:
+        """To rounding; and while they wait, the weights stand still."""
+        deferred, _ = self.optimizer(tmp_path / "journal.zo", torch.float64, decay=0)  # decay waits too, unseen by probes
+        at_once = ZOOptimizer(DenseSpace(Net(torch.float64).eval()), LowRankSampler(2, 5), lr=0.02, eps=0.1)
+        before = deferred.space.model.first.weight.detach().clone()
+        run(deferred, None, 0, 2)
+        assert torch.equal(deferred.space.model.first.weight, before)
+        run(deferred, None, 2, 13)
+        deferred.settle()
+        run(at_once, None, 0, 13)
+        for one, two in zip(deferred.space.model.parameters(), at_once.space.model.parameters(), strict=True):
+            assert torch.allclose(one, two, rtol=0, atol=1e-6)

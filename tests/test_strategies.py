@@ -45,6 +45,7 @@ def test_resume_with_another_number(tiny_folder: str, tmp_path: Path) -> None:
     half = on_ranks(2, weights, folders[1], tiny_folder, 2, 3, connect=False)
     assert half[0] == half[1] != whole
     rest = on_ranks(3, weights, folders[1], tiny_folder, 3, 6, "directions", True, connect=False)
+    assert [type(run) for run in rest] == [dict] * 3, rest
     assert [run == whole for run in rest] == [True] * 3
     checkpoints = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in folders]
     assert checkpoints[0].keys() == checkpoints[1].keys()

@@ -20,6 +20,8 @@ _HOME = {
     "Estimator": "estimators",
     "ExpectedDecrease": "modules",
     "GaussianSampler": "samplers",
+    "LowRankSampler": "samplers",
+    "LowRankSpace": "spaces",
     "MetaObjective": "modules",
     "MomentumSGD": "modules",
     "MultiTaskDataModule": "tasks",
@@ -77,11 +79,13 @@ if TYPE_CHECKING:
     from zolightning.optim import ZOOptimizer as ZOOptimizer
     from zolightning.policies import Policy as Policy
     from zolightning.samplers import GaussianSampler as GaussianSampler
+    from zolightning.samplers import LowRankSampler as LowRankSampler
     from zolightning.samplers import PolicySampler as PolicySampler
     from zolightning.samplers import RademacherSampler as RademacherSampler
     from zolightning.samplers import Sampler as Sampler
     from zolightning.spaces import AdapterSpace as AdapterSpace
     from zolightning.spaces import DenseSpace as DenseSpace
+    from zolightning.spaces import LowRankSpace as LowRankSpace
     from zolightning.spaces import QuantScaleSpace as QuantScaleSpace
     from zolightning.spaces import Space as Space
     from zolightning.spaces import UnionSpace as UnionSpace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,16 +13,34 @@ from zolightning.noise import block_id
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """The weight of the base model that a block changes without being it: an adapter's matrices, the scales of a packed weight.
+
+    Args:
+        name: Its canonical name in the base model, such as ``model.layers.0.self_attn.q_proj.weight``.
+        shape: Its shape, unpacked.
+        read: Gives its values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """One perturbable tensor.
 
     Args:
         name: Canonical (first) name; with the seed it decides the block's noise, and it keys checkpoints and policies.
         tensor: The weights themselves; contiguous, written in place by updates only.
+        origin: The weight of the base model that it changes, through which a policy for the base model finds the block; ``None``:
+            the tensor is that weight.
     """
 
     name: str
     tensor: Tensor
+    origin: Origin | None = None
 
     @cached_property
     def id(self) -> int:
@@ -38,6 +56,11 @@ class Block:
     def dtype(self) -> torch.dtype:
         """Type in which the weights are stored."""
         return self.tensor.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base model: the tensor itself, or what it changes."""
+        return self.tensor if self.origin is None else self.origin.read()
 
 
 def check_ids(names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar
 
@@ -49,6 +49,7 @@ class Purpose(IntEnum):
 
     DIRECTION = 0
     ROUNDING = 1
+    BASIS = 2
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,14 @@ class Noise:
     """The noise ``z`` of one block in one query; a pure function of its key.
 
     Subclass it, with a :meth:`draw` of your own, to give a sampler another distribution.
+
+    Args:
+        key: Which stream.
+        purpose: What it is drawn for; streams of two purposes are independent.
     """
 
     key: Key
+    purpose: Purpose = Purpose.DIRECTION
     #: Name under which the fused kernels know this distribution; empty: only :meth:`draw` does.
     fused: ClassVar[str] = ""
 
@@ -160,12 +166,12 @@ class Noise:
         """
         raise NotImplementedError
 
-    def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-        """Walk over a tensor of ``numel`` elements: ``(start, stop, noise)``."""
+    def chunks(self, numel: int, device: torch.device, first: int = 0) -> Iterator[tuple[int, int, Tensor]]:
+        """Walk over ``numel`` elements from the block's element ``first`` on: ``(start, stop, noise)``, counted from there."""
         step = _CHUNK.get(device.type, _CHUNK["cpu"])
         for start in range(0, numel, step):
             stop = min(start + step, numel)
-            yield start, stop, self.draw(start, stop - start, device)
+            yield start, stop, self.draw(first + start, stop - start, device)
 
 
 class GaussianNoise(Noise):
@@ -175,7 +181,7 @@ class GaussianNoise(Noise):
 
     def draw(self, start: int, count: int, device: torch.device) -> Tensor:
         first = start // 4
-        w0, w1, w2, w3 = _words(self.key, Purpose.DIRECTION, first, (start + count + 3) // 4, device)
+        w0, w1, w2, w3 = _words(self.key, self.purpose, first, (start + count + 3) // 4, device)
         lanes = torch.stack([*box_muller(w0, w1), *box_muller(w2, w3)], dim=-1).flatten()
         return lanes[start - first * 4 :][:count]
 
@@ -187,9 +193,48 @@ class RademacherNoise(Noise):
 
     def draw(self, start: int, count: int, device: torch.device) -> Tensor:
         first = start // 128
-        words = torch.stack(_words(self.key, Purpose.DIRECTION, first, (start + count + 127) // 128, device), dim=-1)
+        words = torch.stack(_words(self.key, self.purpose, first, (start + count + 127) // 128, device), dim=-1)
         bits = (words.to(torch.int32).unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=device)) & 1
         return (bits.flatten()[start - first * 128 :][:count] * 2 - 1).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class LowRankNoise(Noise):
+    r"""A matrix :math:`z = B A / \sqrt{r}`: ``B`` (``[N, r]``) is new in every direction, ``A`` (``[r, H]``) in every window of steps.
+
+    Both are Gaussian. ``A`` is rounded to the weights' type, in which models compute with it.
+
+    Args:
+        key: Key of the direction.
+        columns: ``H``.
+        rank: ``r``.
+        window: Steps that share an ``A``.
+        dtype: Type of the weights.
+    """
+
+    columns: int = 1
+    rank: int = 1
+    window: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def left(self) -> GaussianNoise:
+        """Noise of ``B``."""
+        return GaussianNoise(self.key)
+
+    @property
+    def basis(self) -> GaussianNoise:
+        """Noise of ``A``."""
+        return GaussianNoise(replace(self.key, step=self.key.step // self.window, query=0), Purpose.BASIS)
+
+    def draw(self, start: int, count: int, device: torch.device) -> Tensor:
+        first, last = start // self.columns, -(-(start + count) // self.columns)
+        left = self.left.draw(first * self.rank, (last - first) * self.rank, device).view(-1, self.rank)
+        basis = self.basis.draw(0, self.rank * self.columns, device).to(self.dtype).to(torch.float32).view(self.rank, -1)
+        total = torch.zeros(last - first, self.columns, device=device)
+        for j in range(self.rank):  # one after another: the sum must not depend on the device or the piece
+            total = total + left[:, j, None] * basis[j]
+        return (total * self.rank**-0.5).flatten()[start - first * self.columns :][:count]
 
 
 def rounding_bits(key: Key, start: int, count: int, device: torch.device) -> Tensor:

@@ -129,7 +129,7 @@ def _check_mean(samples: Tensor, expected: Tensor, what: str) -> None:
     assert float(worst) <= 1.0, f"{what} is off by {float(worst) * _STANDARD_ERRORS:.1f} standard errors"
 
 
-def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2) -> None:
+def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2, sampler: Sampler | None = None) -> None:
     """Probes are real, repeatable and read-only; an update moves every block; errors inside a probe leave no trace.
 
     The weights are put back at the end.
@@ -138,11 +138,12 @@ def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2) -> 
         space: Any space.
         closure: Evaluates the loss of one fixed batch with the space's model.
         eps: Probe distance, large enough to be seen in the loss.
+        sampler: Distribution of the directions; ``None``: Gaussian.
 
     Raises:
         AssertionError: A property does not hold.
     """
-    sampler = GaussianSampler()
+    sampler = sampler if sampler is not None else GaussianSampler()
     sampler.bind(space)
     direction, second = sampler.directions(seed=1, step=2, queries=2)
     with torch.no_grad():
@@ -158,6 +159,23 @@ def check_space(space: Space, closure: Callable[[], Any], eps: float = 1e-2) -> 
             )
         before.check("probing block by block")
         _check_move(space, direction, before)
+    _check_turns(space)
+
+
+def _check_turns(space: Space) -> None:
+    """Which blocks move follows from the step, without a look at the device, and some do."""
+    for step in (0, 1, 1000):
+        clock = torch.tensor(step, device=space.device)
+        with DeviceOnly():
+            active, again = space.active(clock), space.active(clock)
+        if active is None or again is None:
+            assert active is again is None, f"active() is not a function of the step: {active} and {again} for step {step}"
+            continue
+        assert (active.shape, active.dtype) == ((len(space.blocks),), torch.float32), (
+            f"active() gives {active.dtype}{list(active.shape)} for {len(space.blocks)} blocks"
+        )
+        assert torch.equal(active, again), f"active() gives two answers for step {step}"
+        assert set(active.tolist()) in ({1.0}, {0.0, 1.0}), f"active() must be 0 or 1, and 1 somewhere: {active}"
 
 
 class _State:

@@ -6,21 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from nets import VOCABULARY, state_bits, tiny
+from nets import VOCABULARY, bits, state_bits, tiny
 from torch import nn
 
 from zolightning.objectives import CandidateCrossEntropy, TokenCrossEntropy
 from zolightning.objectives.base import BoundObjective
 from zolightning.optim import ZOOptimizer
 from zolightning.policies import FeaturePolicy, PertNN
-from zolightning.samplers import GaussianSampler, PolicySampler, RademacherSampler, Sampler
-from zolightning.spaces import DenseSpace
+from zolightning.samplers import GaussianSampler, LowRankSampler, PolicySampler, RademacherSampler, Sampler
+from zolightning.spaces import DenseSpace, LowRankSpace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
 SAMPLERS = {
     "gaussian": GaussianSampler,
     "rademacher": RademacherSampler,
+    "low_rank": lambda: LowRankSampler(2, 5),
+    "deferred": lambda: LowRankSampler(2, 5),
     "paper": lambda: PolicySampler(PertNN(), refresh_every=3),
     "policy": lambda: PolicySampler(FeaturePolicy(hidden=4), RademacherSampler()),
 }
@@ -50,31 +52,68 @@ def make(model: nn.Module, sampler: Sampler, **options: Any) -> ZOOptimizer:
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_a_graph_has_the_bits_of_launches(family: str, kind: str, pair: bool) -> None:
     """Twelve steps over two widths, with a learning rate that changes, and a run that is resumed after seven."""
+    if pair and family == "gpt2" and kind in ("low_rank", "deferred"):
+        pytest.skip("its maps are not linear modules: they get whole matrices, one sign at a time")
     weights = {}
     for capture in (False, True):
         model = tiny(family, torch.bfloat16, tied=True).to(CUDA)
         optimizer = make(model, SAMPLERS[kind](), pair=pair, capture=capture, compile=False)
+        optimizer.deferred = kind == "deferred"
         for step in range(12):
+            if step == 7:
+                optimizer.settle()
             if capture and step == 7:
                 state = optimizer.state_dict()
                 optimizer = make(model, SAMPLERS[kind]())
+                optimizer.deferred = kind == "deferred"
                 optimizer.load_state_dict(state)
             optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
             optimizer.step(bound(model, step, answers=step % 3 == 0))
         assert (optimizer._form.paired, optimizer._form.captured) == (pair, capture)
         assert optimizer.steps == 12
+        optimizer.settle()
         weights[capture] = state_bits(model)
     assert weights[True] == weights[False] != state_bits(tiny(family, torch.bfloat16, tied=True).to(CUDA))
 
 
-def test_nothing_waits() -> None:
-    """Fifty captured and compiled steps with every wait an error."""
+@pytest.mark.parametrize("kind", ["gaussian", "policy"])
+def test_slots_take_turns_in_one_graph(kind: str) -> None:
+    """Ten steps over three turns, resumed inside one: the bits of launches, and one graph for each shape of batch."""
+
+    def start(capture: bool) -> tuple[ZOOptimizer, list[BoundObjective]]:
+        space = LowRankSpace(tiny("llama", torch.bfloat16).to(CUDA), rank=2, slots=2, refresh=4)
+        optimizer = ZOOptimizer(space, SAMPLERS[kind](), lr=1e-3, eps=1e-2, pair=True, capture=capture, compile=False)
+        return optimizer, [bound(space.model, number) for number in range(2)]
+
+    weights = {}
+    for capture in (False, True):
+        optimizer, work = start(capture)
+        for step in range(10):
+            if step == 6:
+                older = optimizer
+                optimizer, work = start(capture)
+                with torch.no_grad():
+                    for block, saved in zip(optimizer.space.blocks, older.space.blocks, strict=True):
+                        block.tensor.copy_(saved.tensor)
+                optimizer.load_state_dict(older.state_dict())
+            optimizer.step(work[step % 2])
+        assert optimizer._form.captured == capture
+        assert len(optimizer._graphs._captured) == (2 if capture else 0)
+        assert all(bool(block.tensor.any()) for block in optimizer.space.blocks)
+        weights[capture] = [bits(block.tensor) for block in optimizer.space.blocks]
+    assert weights[True] == weights[False]
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_nothing_waits(low_rank: bool) -> None:
+    """Fifty captured (and compiled) steps with every wait an error; ends of windows too."""
     model = tiny("llama", torch.bfloat16).to(CUDA)
-    optimizer = make(model, GaussianSampler())
+    optimizer = make(model, LowRankSampler(2, 20) if low_rank else GaussianSampler())
+    optimizer.deferred = low_rank
     work = [bound(model, number) for number in range(2)]
     for one in work:
         optimizer.step(one)
-    assert (optimizer._form.captured, optimizer._form.paired, optimizer._form.compiled) == (True, True, True)
+    assert (optimizer._form.captured, optimizer._form.paired, optimizer._form.compiled) == (True, True, not low_rank)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(50):

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SPACES: dict[str, Any] = {
     "lora": zl.AdapterSpace,
     "prefix": partial(zl.AdapterSpace, kind="prefix"),
+    "bank": partial(zl.LowRankSpace, rank=2, slots=2, refresh=3),
     "scales": zl.QuantScaleSpace,
     "rest": zl.DenseSpace,
 }
@@ -46,7 +47,7 @@ def test_a_graph_has_the_bits_of_launches(tiny_folder: str, kind: str, name: str
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("name", ["lora", "scales"])
+@pytest.mark.parametrize("name", ["lora", "bank", "scales"])
 def test_the_fastest_form_is_the_same_step(tiny_folder: str, kind: str, name: str) -> None:
     """Whatever form is chosen, its losses are those of plain probes."""
     losses = []

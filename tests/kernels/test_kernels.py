@@ -31,14 +31,14 @@ def weights(numel: int, dtype: torch.dtype) -> Tensor:
 def fused_materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:
     """Triton's form for one tensor."""
     fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
-    table = fused.Table([weight], [noise.key.block], [0])
+    table = fused.Table([weight], [noise.key.block], [0], [0])
     return fused.materialise(table, amount.reshape(1), noise, clock(noise, weight), 1)[0][0]
 
 
 def fused_update(weight: Tensor, amounts: Tensor, noises: list[Noise], shrink: float, valid: Tensor) -> None:
     """Triton's form for one tensor."""
     fused = pytest.importorskip("zolightning.kernels.fused", reason="needs triton")
-    table, rate = fused.Table([weight], [noises[0].key.block], [0]), torch.tensor(shrink, device=weight.device)
+    table, rate = fused.Table([weight], [noises[0].key.block], [0], [0]), torch.tensor(shrink, device=weight.device)
     fused.update(table, amounts[:, None].contiguous(), noises, rate, valid, clock(noises[0], weight))
 
 

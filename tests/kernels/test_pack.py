@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import zolightning as zl
 from zolightning import kernels
-from zolightning.kernels import Pack, pack
-from zolightning.noise import GaussianNoise, Key, Noise, RademacherNoise
+from zolightning.kernels import Pack, pack, plain
+from zolightning.noise import GaussianNoise, Key, Noise, Purpose, RademacherNoise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((3, 700), (5,), (1,), (), (16, 9), (2048,), (7, 300))
@@ -63,6 +63,22 @@ class TestOneLaunch:
         Pack(one, range(100, 107)).update(factors, rows, 0.01, yes)
         assert [bits(w) for w in one] == [bits(w) for w in two]
 
+    def test_parts_of_a_block(self, kind: type[Noise], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows of a matrix draw the noise of their place in it, for any purpose."""
+        whole, yes = torch.randn(24, 100).to(dtypes[0]).to(DEVICE), torch.tensor(True, device=DEVICE)
+        parts = [whole.clone()[rows] for rows in (slice(0, 8), slice(8, 24))]
+        noise = kind(Key(9, 100, 4), Purpose.BASIS)
+        for devices in (pack.FUSED_DEVICES, set()):
+            monkeypatch.setattr(pack, "FUSED_DEVICES", devices)
+            cut = Pack(parts, [100, 100], [0, 0], [0, 800])
+            made = Pack([whole], [100]).materialise(amounts(1), [noise], copies=2)[0]
+            assert bits(torch.cat(cut.materialise(amounts(1), [noise] * 2, copies=2), dim=1)) == bits(made.clone())
+            moved = whole.clone()
+            Pack([moved], [100]).update(amounts(1)[None], [[noise]], 0.0, yes)
+            own = [part.clone() for part in parts]
+            Pack(own, [100, 100], [0, 0], [0, 800]).update(amounts(1)[None], [[noise] * 2], 0.0, yes)
+            assert bits(torch.cat(own)) == bits(moved)
+
     def test_the_clock_is_the_step(self, kind: type[Noise], dtypes: list[torch.dtype]) -> None:
         """What counts on the device is the clock, not the step in the noises' keys."""
         weights, yes = tensors(dtypes), torch.tensor(True, device=DEVICE)
@@ -109,9 +125,6 @@ def test_weights_that_were_moved_are_noticed() -> None:
     parameter.data = parameter.data.clone()
     with pytest.raises(RuntimeError, match="the weights were moved to other memory after the optimizer was made"):
         one.materialise(torch.ones(1, device=DEVICE), [noise])
-    one.settle()
-    found = one.materialise(torch.ones(1, device=DEVICE), [noise])[0][0]
-    assert bits(found) == bits(kernels.materialise(parameter.data, torch.tensor(1.0, device=DEVICE), noise))
 
 
 @needs_triton
@@ -153,3 +166,34 @@ def test_only_known_noise_goes_through_the_kernels(monkeypatch: pytest.MonkeyPat
     assert not one.fusable([row(GaussianNoise), row(GaussianNoise, 2)])
     assert not one.fusable([[GaussianNoise(Key(1, 5, 2)), RademacherNoise(Key(1, 6, 2))]])
     assert not Pack([torch.zeros(3).double()], [5]).fusable([[GaussianNoise(Key(1, 5, 2))]])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 2100), (70, 31), (16, 256)])
+def test_fold_has_the_same_bits(dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of low rank into the weights: one launch, or plain torch."""
+    weight, left, basis = torch.randn(shape).to(dtype), torch.randn(shape[0], 3) * 1e-3, torch.randn(3, shape[1]).to(dtype)
+    noise, shrink = GaussianNoise(Key(5, 77, 9)), torch.tensor(0.01)
+    one, two = weight.clone(), weight.clone().to(DEVICE)
+    plain.fold(one, left, basis, shrink, noise.key)
+    monkeypatch.setattr(pack, "FUSED_DEVICES", {"cuda", "cpu"})
+    kernels.fold(two, left.to(DEVICE), basis.to(DEVICE), shrink.to(DEVICE), noise, None)
+    assert bits(one) == bits(two)
+    exact = weight.double() * 0.99 + left.double() @ basis.double()
+    close = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    assert bool(((one.double() - exact).abs() <= close * exact.abs() + 1e-6).all())
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pass_that_a_benchmark_compares_with(kind: type[Noise]) -> None:
+    """Update and perturbation in one pass give what they give one after the other."""
+    from benchmarks import deferred_pass
+
+    weight, noise = torch.randn(5, 700).to(torch.bfloat16).to(DEVICE), kind(Key(3, 77, 5))
+    one, two, out = weight.clone(), weight.clone(), torch.empty(2, 5, 700, dtype=torch.bfloat16, device=DEVICE)
+    moves, shown, clock = (torch.tensor(v, device=DEVICE) for v in ([0.01], [0.1], 5))
+    deferred_pass.one_pass(one, out, moves, shown, noise, clock)
+    made = deferred_pass.two_passes(deferred_pass.fused.Table([two], [77], [0], [0]), moves, shown, noise, clock)
+    assert (bits(one), bits(out)) == (bits(two), bits(made.contiguous()))

@@ -16,7 +16,7 @@ import zolightning as zl
 
 SPACES: dict[str, Any] = {
     "lora": zl.AdapterSpace,
-    "bank": partial(zl.AdapterSpace, kind="bank"),
+    "bank": partial(zl.LowRankSpace, slots=2, refresh=2),  # five steps: slots 0, 0, 1, 1, 0
     "prefix": partial(zl.AdapterSpace, kind="prefix"),
     "scales": zl.QuantScaleSpace,
     "rest": zl.DenseSpace,
@@ -104,12 +104,13 @@ def test_a_checkpoint_of_another_quantisation(tiny_folder: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("before", "after", "text"),
     [
-        ({"kind": "bank"}, {"kind": "bank", "seed": 1}, "the checkpoint's space has seed=0, this one seed=1"),
-        ({"alpha": 8.0}, {}, "the checkpoint's space has alpha=8.0, this one alpha=16.0"),
+        (partial(zl.LowRankSpace, seed=1), zl.LowRankSpace, "seed=1, this one seed=0"),
+        (zl.LowRankSpace, partial(zl.LowRankSpace, refresh=7), "refresh=100, this one refresh=7"),
+        (partial(zl.AdapterSpace, alpha=8.0), zl.AdapterSpace, "alpha=8.0, this one alpha=16.0"),
     ],
 )
 def test_a_checkpoint_of_another_adapter(tiny_folder: str, tmp_path: Path, before: Any, after: Any, text: str) -> None:
     """The same blocks behind another A or factor are another model."""
-    fit(tiny_folder, tmp_path, 1, space=partial(zl.UnionSpace, spaces=[partial(zl.AdapterSpace, **before)]))
-    with pytest.raises(ValueError, match=f"^{text}$"):
-        fit(tiny_folder, tmp_path, 2, str(tmp_path / "a.ckpt"), space=partial(zl.UnionSpace, spaces=[partial(zl.AdapterSpace, **after)]))
+    fit(tiny_folder, tmp_path, 1, space=partial(zl.UnionSpace, spaces=[before]))
+    with pytest.raises(ValueError, match=f"^the checkpoint's space has {text}$"):
+        fit(tiny_folder, tmp_path, 2, str(tmp_path / "a.ckpt"), space=partial(zl.UnionSpace, spaces=[after]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from nets import CONFIGS, tiny
@@ -109,6 +111,30 @@ def test_match_by_kind_across_families() -> None:
     wanted += [BlockInfo("transformer.ln_f.weight", (1,))]
     found = [llama(4)[j].name for j in match_blocks(llama(4), wanted, "kind")]
     assert found == ["model.layers.0.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight", "model.norm.weight"]
+
+
+def beside(layer: int, part: str) -> BlockInfo:
+    """The matrix of an adapter."""
+    return BlockInfo(f"wrapped.layers.{layer}.{part}.lora_{part}", (3, 4), BlockInfo(f"model.layers.{layer}.{part}.weight", (4,)))
+
+
+@pytest.mark.parametrize("match", ["exact", "kind"])
+def test_blocks_beside_weights(match: Literal["exact", "kind"]) -> None:
+    """They are found through the weight that they change, unless the policy knows them; then all of its blocks are wanted."""
+    own, wanted = llama(2), [beside(1, "mlp.up_proj"), BlockInfo("model.norm.weight", (4,)), beside(1, "mlp.up_proj")]
+    names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+    assert [own[j].name for j in match_blocks(own, wanted, match)] == names
+    adapters = [beside(layer, part) for layer in range(2) for part in ("mlp.up_proj", "self_attn.q_proj")]
+    assert match_blocks([*own, *adapters], [*adapters, *own], match) == [10, 11, 12, 13, *range(10)]
+
+
+def test_blocks_beside_weights_of_another_model() -> None:
+    with pytest.raises(ValueError, match="of another shape") as error:
+        match_blocks(llama(2, width=5), [beside(1, "mlp.up_proj"), beside(7, "mlp.up_proj"), beside(7, "mlp.up_proj")])
+    assert str(error.value) == (
+        "the policy is for other blocks (1 missing from the policy: 'model.layers.7.mlp.up_proj.weight'; 1 of another shape: "
+        "'model.layers.1.mlp.up_proj.weight' (5,) in the policy, (4,) here); match='kind' matches by kind and relative depth"
+    )
 
 
 def test_missing_kind() -> None:

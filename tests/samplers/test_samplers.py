@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zolightning.blocks import Block
 from zolightning.noise import GaussianNoise, Key, Noise, RademacherNoise
-from zolightning.samplers import GaussianSampler, RademacherSampler, Sampler
+from zolightning.samplers import GaussianSampler, LowRankSampler, RademacherSampler, Sampler
 from zolightning.testing import check_sampler
 
 
@@ -23,7 +23,9 @@ class ScaledRademacher(RademacherSampler):
 
 
 @pytest.mark.parametrize(
-    "sampler", [GaussianSampler(), RademacherSampler(), ScaledGaussian(), ScaledRademacher()], ids=lambda s: type(s).__name__
+    "sampler",
+    [GaussianSampler(), RademacherSampler(), ScaledGaussian(), ScaledRademacher(), LowRankSampler(rank=2, window=1)],
+    ids=lambda s: type(s).__name__,
 )
 def test_common(sampler: Sampler) -> None:
     check_sampler(sampler)

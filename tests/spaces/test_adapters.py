@@ -25,7 +25,7 @@ def awake(space: zl.Space) -> zl.Space:
     return space
 
 
-@pytest.mark.parametrize("kind", ["lora", "bank", "prefix"])
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
 @pytest.mark.parametrize("base", [*KINDS, "float32", "bfloat16"])
 def test_common(tiny_folder: str, base: str, kind: Any) -> None:
     """The common test on every base; the base keeps its bits through probes and updates."""
@@ -85,16 +85,6 @@ class TestLora:
             len({bits(zl.AdapterSpace(tiny("llama"), init=init).blocks[0].tensor) for init in ("kaiming", "gaussian", "orthogonal")}) == 3
         )  # type: ignore[arg-type]
 
-    def test_a_bank_is_lora_with_a_fixed_a(self) -> None:
-        """It moves B alone; A is that of LoRA with the same seed, and stays."""
-        lora, model = zl.AdapterSpace(tiny("llama"), seed=3), tiny("llama")
-        bank = zl.AdapterSpace(model, "bank", seed=3)
-        assert [block.name for block in bank.blocks] == [block.name for block in lora.blocks if "lora_B" in block.name]
-        expected = {block.name: bits(block.tensor) for block in lora.blocks if "lora_A" in block.name}
-        assert {name: bits(p) for name, p in bank.model.named_parameters() if "lora_A" in name} == expected
-        zl.ZOOptimizer(bank, lr=1.0, eps=1e-2).step(lm_closure(bank.model))
-        assert {name: bits(p) for name, p in bank.model.named_parameters() if "lora_A" in name} == expected
-
     def test_the_base_stays_open_to_other_spaces(self) -> None:
         model = tiny("llama")
         zl.AdapterSpace(model)
@@ -142,7 +132,7 @@ class TestPrefix:
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
         ({"tokens": 0}, "tokens=0 must be at least 1"),
-        ({"kind": "loha"}, "kind='loha' must be one of lora, bank, prefix"),
+        ({"kind": "loha"}, "kind='loha' must be one of lora, prefix"),
         ({"init": "pissa"}, "init='pissa' must be one of kaiming, gaussian, orthogonal"),
         (
             {"targets": ["*qq*"]},
@@ -159,6 +149,13 @@ def test_refusals(options: dict[str, Any], text: str) -> None:
 def test_another_architecture(kind: Any) -> None:
     with pytest.raises(ValueError, match=f"^peft cannot put {kind} on a Net: [^\n]+$"):
         zl.AdapterSpace(Net(), kind)
+
+
+def test_one_adapter_a_model() -> None:
+    """A second one would take the place of the first."""
+    model = zl.AdapterSpace(tiny("llama")).model
+    with pytest.raises(ValueError, match=r"^'base_model\.[^']*\.q_proj' has an adapter already; the linear maps of a model can have one$"):
+        zl.AdapterSpace(model)
 
 
 def test_missing_peft(monkeypatch: pytest.MonkeyPatch) -> None:

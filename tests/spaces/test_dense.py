@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ from zolightning.kernels import materialise
 from zolightning.noise import GaussianNoise, Noise
 from zolightning.samplers import Direction, GaussianSampler
 from zolightning.spaces import DenseSpace, SetupReport, Space
+from zolightning.spaces.resolution import resolvable_eps
 from zolightning.testing import check_space
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -342,6 +344,16 @@ class TestRefusals:
             report = space.verify(net_closure(model), direction(space), 2 * enough)
         assert 0.5 <= report.resolved <= 1
 
+    def test_blocks_of_scale_0_do_not_count(self) -> None:
+        """Neither in the distance that would be enough, nor where nothing of a space moves."""
+        model = Net(torch.bfloat16).eval()
+        space, moves = DenseSpace(model), DenseSpace(model, include=["last.weight"])
+        scales = torch.tensor([float(block.name == "last.weight") for block in space.blocks])
+        assert resolvable_eps(space.blocks, scales) == resolvable_eps(moves.blocks, torch.ones(1))
+        with torch.no_grad():
+            still = replace(direction(space), scales=torch.zeros(7))
+            assert space.verify(net_closure(model), still, 1e-6).resolved == 1
+
     def test_training_mode(self) -> None:
         """Batch norm would write its buffers; it is stopped before the first write."""
         model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
@@ -530,6 +542,18 @@ class TestCommonTestFindsMistakes:
 
         self.check(Forgetful, "first.weight: not perturbed")
 
+    def test_turns_that_need_the_host_or_leave_nothing(self) -> None:
+        class Waiting(DenseSpace):
+            def active(self, clock: Tensor) -> Tensor:
+                return torch.ones(len(self.blocks)) * (int(clock) >= 0)
+
+        class Resting(DenseSpace):
+            def active(self, clock: Tensor) -> Tensor:
+                return (clock < 1000).float().expand(len(self.blocks))
+
+        self.check(Waiting, "waits for the host")
+        self.check(Resting, "and 1 somewhere")
+
     def test_moves_when_not_valid(self) -> None:
         class Eager(DenseSpace):
             def move(self, directions: Any, weights: Tensor, shrink: float, valid: Tensor) -> None:
@@ -550,6 +574,8 @@ def test_noise_is_drawn_in_one_place_only() -> None:
     model = Net().eval()
     space, sampler = DenseSpace(model), Counting()
     sampler.bind(space)
+    space.prepare(sampler, 0, 0)  # looks at the kind of noise
+    drawn.clear()
     with torch.no_grad(), space.probe(sampler.directions(0, 0, 1)[0], 0.1):
         net_closure(model)()
     assert sorted(drawn) == sorted(block.name for block in space.blocks)

@@ -10,7 +10,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zolightning.journal import FILE_NAME, Back, Journal, Place, Recorder, read
-from zolightning.journal.contents import surviving
 from zolightning.journal.rebuild import check_weights, move_all
 from zolightning.journal.settings import settings_of
 from zolightning.modules.finetune import ZOFinetuneModule
@@ -71,7 +70,7 @@ class RunJournal(Callback):
         self._backs = deque(back for back in journal.backs if back.step > self._start)  # a checkpoint is written after a return
         own = settings_of(optimizer, module.pretrained, journal.first)
         for entry in entries:
-            for name in ("seed", "noise", "queries", "probes", "rule", "weight_decay"):
+            for name in ("seed", "noise", "queries", "probes", "rule", "weight_decay", "deferred"):
                 there, here = getattr(entry.settings, name), getattr(own, name)
                 if there != here:
                     raise ValueError(
@@ -82,7 +81,7 @@ class RunJournal(Callback):
             print(f"journal      steps {self._start} to {journal.steps} are taken from it, without forwards", flush=True)
             if optimizer.param_groups[0]["form"] is None:
                 optimizer.param_groups[0]["form"] = entries[-1].settings.form
-            optimizer.repeat(entry.row for entry in entries)
+            optimizer.repeat((entry.row for entry in entries), journal.settles)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write at log lines; repeat a return that the journal has."""
@@ -90,6 +89,8 @@ class RunJournal(Callback):
             return
         if self._backs and self._backs[0].step == trainer.global_step:
             self._go_back(pl_module, self._backs.popleft())
+        if pl_module.zo_optimizer.must_settle:
+            pl_module.zo_optimizer.settle()
         if not self.recorder.opened or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.recorder.drain()
 
@@ -118,8 +119,10 @@ class RunJournal(Callback):
         module.reload_base()
         check_weights(journal, module.space.blocks)
         optimizer = module.zo_optimizer
-        backs = [other for other in journal.backs if other.step <= back.step]
-        move_all(module.space, surviving(journal.entries, backs, back.step), optimizer.sampler, optimizer.rule)
+        entries, settled = journal.surviving(back.step), journal.settled(back.step)
+        move_all(module.space, entries, settled, back.step, lambda settings: (optimizer.sampler, optimizer.rule))
+        if optimizer.deferred and not optimizer.repeating:
+            self.recorder.settle(back.step)
         module.scale_lr(back.factor)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,6 +136,7 @@ class RunJournal(Callback):
         if self.recorder is None:
             return
         with contextlib.suppress(OSError, RuntimeError):  # a full disk, or a device that is gone
+            pl_module.settle()  # type: ignore[operator]
             self.recorder.drain()
             self.recorder.sync()
             if trainer.global_step > self._start:

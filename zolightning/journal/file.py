@@ -7,7 +7,8 @@ that frames cannot be lost, repeated or exchanged unnoticed. Kinds:
 * ``S`` settings (JSON): at the beginning, and again where a resumed run has others;
 * ``R`` rows: step u32, number of rows u32, forwards before them u64; then for each row flags u8 (1: valid, 2: scales follow), the scales
   as float32 where they changed, learning rate, coefficients and losses, each in the run's own float32 or float64;
-* ``B`` back: the weights become those after an earlier step: step u32, to u32, factor of the learning rate f64.
+* ``B`` back: the weights become those after an earlier step: step u32, to u32, factor of the learning rate f64;
+* ``L`` look: somebody looked at the weights after a step, so that deferred moves were brought into them: step u32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from zolightning.optim.history import Row
 FILE_NAME = "journal.zo"
 MAGIC = b"ZOJOURN1"
 _HEAD, _SUM = struct.Struct("<BII"), struct.Struct("<I")
-_ROWS, _BACK = struct.Struct("<IIQ"), struct.Struct("<IId")
+_ROWS, _BACK, _SETTLE = struct.Struct("<IIQ"), struct.Struct("<IId"), struct.Struct("<I")
 _VALID, _SCALES = 1, 2
 _LARGEST = 1 << 30  # bytes of a frame
 
@@ -63,10 +64,20 @@ class Back(NamedTuple):
     factor: float
 
 
+class Settle(NamedTuple):
+    """Deferred moves were brought into the weights.
+
+    Args:
+        step: Steps that had been taken.
+    """
+
+    step: int
+
+
 class Frame(NamedTuple):
     """What one frame says, and the place behind it; ``forwards`` before its rows."""
 
-    content: Settings | tuple[Row, ...] | Back
+    content: Settings | tuple[Row, ...] | Back | Settle
     end: Place
     forwards: int = 0
 
@@ -145,7 +156,7 @@ def frames(file: BinaryIO, size: int) -> Iterator[Frame]:
                 return
             raise ValueError(f"it is damaged at byte {at:,}")
         at, before, forwards = file.tell(), checksum, 0
-        content: Settings | tuple[Row, ...] | Back
+        content: Settings | tuple[Row, ...] | Back | Settle
         if kind == ord("S"):
             content = settings = Settings.from_bytes(payload)
             scales = None
@@ -158,6 +169,8 @@ def frames(file: BinaryIO, size: int) -> Iterator[Frame]:
             content = Back(*_BACK.unpack(payload))
             if not (content.to <= content.step and 0 < content.factor < math.inf):
                 raise ValueError("it goes back to a later step")
+        elif kind == ord("L") and len(payload) == _SETTLE.size:
+            content = Settle(*_SETTLE.unpack(payload))
         else:
             raise ValueError(f"it holds a frame of kind {kind}, which this version does not know")
         yield Frame(content, Place(at, checksum), forwards)
@@ -272,3 +285,8 @@ def sync_folder(folder: Path) -> None:
 def pack_back(back: Back) -> bytes:
     """The content of a frame that goes back."""
     return _BACK.pack(*back)
+
+
+def pack_settle(step: int) -> bytes:
+    """The content of a frame that looks."""
+    return _SETTLE.pack(step)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -11,14 +12,10 @@ from torch import Tensor, nn
 
 from zolightning.blocks import Block
 from zolightning.journal.contents import Entry, Journal, whole
-from zolightning.journal.settings import Settings, built_in_rule, describe_blocks, fingerprint
+from zolightning.journal.settings import Settings, built_in_rule, describe_blocks, fingerprint, sampler_of
 from zolightning.optim.rules import Rule
 from zolightning.samplers.base import Direction, Sampler
-from zolightning.samplers.gaussian import GaussianSampler
-from zolightning.samplers.rademacher import RademacherSampler
 from zolightning.spaces.base import SetupReport, Space
-
-_SAMPLERS: dict[str, type[Sampler]] = {"gaussian": GaussianSampler, "rademacher": RademacherSampler}
 
 
 class Moved(Space):
@@ -84,10 +81,10 @@ def rebuild(contents: Journal, blocks: Sequence[Block], until_step: int | None, 
     if not first.start <= until <= contents.steps:
         raise ValueError(f"until_step={until} is not in the journal, which holds steps {first.start} to {contents.steps}")
     check_weights(contents, blocks)
-    parts = [(entry, tools(entry.settings, sampler, rule)) for entry in contents.surviving(until)]
-    space = Moved(nn.Module(), blocks)
-    for entry, (own_sampler, own_rule) in parts:
-        move(space, entry, own_sampler, own_rule)
+    entries, known = contents.surviving(until), tools(sampler, rule)
+    for entry in entries:
+        known(entry.settings)  # refuse before anything moves
+    move_all(Moved(nn.Module(), blocks), entries, contents.settled(until), until, known)
     return until
 
 
@@ -130,19 +127,29 @@ def check_weights(contents: Journal, blocks: Sequence[Block]) -> None:
     raise ValueError(f"journal {str(contents.path)!r} begins with other weights: those of {first.base[:80]!r}, as they were then")
 
 
-def tools(settings: Settings, sampler: Sampler | None, rule: Rule | None) -> tuple[Sampler, Rule]:
-    """What draws the noise and what makes a move of the coefficients.
+#: What draws the noise of steps with some settings, and what makes moves of their coefficients.
+Tools = Callable[[Settings], tuple[Sampler, Rule]]
+
+
+def tools(own_sampler: Sampler | None, own_rule: Rule | None) -> Tools:
+    """Those that settings name; those of the user where they are of a class of the user's own.
 
     Raises:
-        ValueError: It is a class of the user's own, which was not given.
+        ValueError: When called: it is such a class, and it was not given.
     """
-    own_sampler = _SAMPLERS[settings.noise]() if settings.noise else sampler
-    own_rule = built_in_rule(settings) or rule
-    if own_sampler is None:
-        raise ValueError(f"the run's noise is of a class of its own ({settings.sampler[:80]}): give sampler=")
-    if own_rule is None:
-        raise ValueError(f"the run's update rule is a class of its own ({settings.rule[:80]}): give rule=")
-    return own_sampler, own_rule
+    samplers: dict[str, Sampler | None] = {}  # one each: a space keeps what belongs to its sampler
+
+    def of(settings: Settings) -> tuple[Sampler, Rule]:
+        if settings.noise not in samplers:
+            samplers[settings.noise] = sampler_of(settings.noise) or own_sampler
+        sampler, rule = samplers[settings.noise], built_in_rule(settings) or own_rule
+        if sampler is None:
+            raise ValueError(f"the run's noise is of a class of its own ({settings.sampler[:80]}): give sampler=")
+        if rule is None:
+            raise ValueError(f"the run's update rule is a class of its own ({settings.rule[:80]}): give rule=")
+        return sampler, rule
+
+    return of
 
 
 @torch.no_grad()
@@ -151,13 +158,28 @@ def move(space: Space, entry: Entry, sampler: Sampler, rule: Rule) -> None:
     row, settings = entry
     lr, coefficients = (torch.tensor(value, dtype=space.compute_dtype, device=space.device) for value in (row.lr, row.coefficients))
     weights, shrink = rule.move(coefficients, lr)
+    space.prepare(sampler, settings.seed, row.step)
     if row.valid:
         scales = row.scales.to(space.device)
         directions = [Direction(sampler, settings.seed, row.step, query, scales) for query in range(settings.queries)]
         space.move(directions, weights, shrink, torch.ones((), dtype=torch.bool, device=space.device))
 
 
-def move_all(space: Space, entries: Iterable[Entry], sampler: Sampler, rule: Rule) -> None:
-    """Repeat the moves of steps, with the run's own sampler and rule."""
+def move_all(space: Space, entries: Sequence[Entry], settled: Sequence[int], until: int, of: Tools) -> None:
+    """Repeat the moves of steps.
+
+    Args:
+        space: What moves.
+        entries: The steps.
+        settled: Steps at which deferred moves were brought into the weights, in order.
+        until: Where the weights then stand.
+        of: What draws noise and makes moves.
+    """
+    marks = deque(settled)
     for entry in entries:
-        move(space, entry, sampler, rule)
+        while marks and marks[0] <= entry.row.step:
+            space.settle(entry.settings.seed, marks.popleft())
+        space.deferred = bool(entry.settings.deferred)
+        move(space, entry, *of(entry.settings))
+    if entries:
+        space.settle(entries[-1].settings.seed, until)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from zolightning.journal.contents import Journal
-from zolightning.journal.file import Appender, Back, Place, pack_back, pack_rows
+from zolightning.journal.file import Appender, Back, Place, pack_back, pack_rows, pack_settle
 from zolightning.journal.settings import Settings, settings_of
 from zolightning.optim.history import Row
 from zolightning.optim.optimizer import ZOOptimizer
@@ -74,6 +74,7 @@ class Recorder:
             self.losses = [mean_loss(entry.row) for entry in kept if entry.row.step >= since]
         optimizer.history.restart(optimizer.steps)
         optimizer.history.sink = self._take
+        optimizer.on_settle = self.settle
 
     @property
     def beginning(self) -> int:
@@ -104,6 +105,16 @@ class Recorder:
         self.returns += 1
         self._append((b"B", pack_back(back)))
 
+    def settle(self, step: int) -> None:
+        """Write down that deferred moves were brought into the weights.
+
+        Raises:
+            OSError: The disk is full, or gone.
+        """
+        self.drain()
+        if self.opened:
+            self._append((b"L", pack_settle(step)))
+
     def sync(self) -> None:
         """Wait until the disk has what was written."""
         if self._appender is not None:
@@ -111,7 +122,7 @@ class Recorder:
 
     def close(self) -> None:
         """Let go of the file; later steps are not written."""
-        self.optimizer.history.sink = None
+        self.optimizer.history.sink = self.optimizer.on_settle = None
         if self._appender is not None:
             self._appender.close()
             self._appender = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from zolightning.blocks import Block
-from zolightning.noise import GaussianNoise, Key, Noise, RademacherNoise
+from zolightning.noise import Key, LowRankNoise
 from zolightning.optim.optimizer import ZOOptimizer
 from zolightning.optim.rules import SGD, Rule
+from zolightning.samplers import GaussianSampler, LowRankSampler, RademacherSampler, Sampler
 
 FORMAT = 1
-NOISES: dict[str, type[Noise]] = {"gaussian": GaussianNoise, "rademacher": RademacherNoise}
+_SAMPLERS: dict[str, type[Sampler]] = {"gaussian": GaussianSampler, "rademacher": RademacherSampler}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _SAMPLES = 1024  # elements of a block whose places count in its fingerprint
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -38,7 +40,7 @@ class Settings:
         blocks: Name, type and shape of each.
         seed: Of all directions.
         sampler: Class of the sampler.
-        noise: Distribution of the noise: gaussian, rademacher, or empty for a class of the user's own.
+        noise: Distribution of the noise: gaussian, rademacher, low_rank:RANK:WINDOW, or empty for a class of the user's own.
         estimator: Class of the estimator.
         queries: Coefficients of a step.
         probes: Losses of a step.
@@ -47,6 +49,7 @@ class Settings:
         weight_decay: Its rate.
         precision: Type of coefficients, losses and learning rates: float32 or float64.
         form: How losses were evaluated; see :class:`zolightning.optim.probing.Form`.
+        deferred: 1 where moves of low rank waited beside the weights, else 0.
     """
 
     base: str
@@ -64,6 +67,7 @@ class Settings:
     weight_decay: float
     precision: str
     form: dict[str, Any] | None
+    deferred: int
 
     def to_bytes(self) -> bytes:
         """As JSON; floats keep their bits."""
@@ -95,14 +99,14 @@ class Settings:
 
     def _check(self) -> None:
         """Refuse what no run writes."""
-        whole = {"start": (0, 1 << 32), "seed": (0, 1 << 64), "queries": (1, 1 << 16), "probes": (1, 1 << 20)}
+        whole = {"start": (0, 1 << 32), "seed": (0, 1 << 64), "queries": (1, 1 << 16), "probes": (1, 1 << 20), "deferred": (0, 2)}
         for name, (low, high) in whole.items():
             if not low <= getattr(self, name) < high:
                 raise ValueError(f"its setting {name!r} is {str(getattr(self, name))[:20]}, out of range")
         for name in ("eps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"its setting {name!r} is {str(getattr(self, name))[:20]}, out of range")
-        if self.precision not in ("float32", "float64") or self.noise not in (*NOISES, ""):
+        if self.precision not in ("float32", "float64") or (self.noise and sampler_of(self.noise) is None):
             raise ValueError(f"it is of {self.precision[:20]!r} numbers and {self.noise[:20]!r} noise, which this version does not know")
         form = {"paired": bool, "captured": bool, "compiled": bool, "device": str}
         if self.form is not None and {name: type(value) for name, value in self.form.items()} != form:
@@ -139,14 +143,25 @@ def settings_of(optimizer: ZOOptimizer, base: str, first: Settings | None = None
         eps=float(group["eps"]), sampler=type(optimizer.sampler).__name__, noise=noise_name(optimizer),
         estimator=type(optimizer.estimator).__name__, queries=optimizer.estimator.queries, probes=len(optimizer.estimator.probes),
         rule=type(rule).__name__, weight_decay=float(getattr(rule, "weight_decay", 0.0)), form=group["form"],
-        precision=str(space.compute_dtype).removeprefix("torch."),
+        precision=str(space.compute_dtype).removeprefix("torch."), deferred=int(optimizer.deferred),
     )  # fmt: skip
 
 
 def noise_name(optimizer: ZOOptimizer) -> str:
     """The distribution, where all blocks have one that this package can draw by itself."""
-    kinds = {type(optimizer.sampler.noise(block, Key(0, block.id, 0))) for block in optimizer.space.blocks}
-    return next((name for name, kind in NOISES.items() if kinds == {kind}), "")
+    keys = [(block, Key(0, block.id, 0)) for block in optimizer.space.blocks]
+    noises = [optimizer.sampler.noise(block, key) for block, key in keys]
+    names = [*_SAMPLERS, *(f"low_rank:{noise.rank}:{noise.window}" for noise in noises if isinstance(noise, LowRankNoise))]
+    drawn = {name: sampler_of(name) for name in dict.fromkeys(names)}
+    fits = (name for name, own in drawn.items() if own and [own.noise(block, key) for block, key in keys] == noises)
+    return next(fits, "")
+
+
+def sampler_of(noise: str) -> Sampler | None:
+    """What draws a distribution of :attr:`Settings.noise`."""
+    if found := re.fullmatch(r"low_rank:([1-9]\d{0,3}):([1-9]\d{0,8})", noise):
+        return LowRankSampler(*map(int, found.groups()))
+    return _SAMPLERS[noise]() if noise in _SAMPLERS else None
 
 
 def built_in_rule(settings: Settings) -> Rule | None:

@@ -25,9 +25,10 @@ _HALF_INFINITY, _HALF_NAN = tl.constexpr(HALF_INFINITY), tl.constexpr(HALF_NAN)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _OCTETS = 256  # octets (8 elements) of a program
 _WARPS = 8
-_SCALARS = ["k0", "k1", "query", "queries", "slot", "block"]  # values that change must not recompile
+_SCALARS = ["k0", "k1", "stream", "queries", "slot", "block"]  # values that change must not recompile
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_POINTER, _NUMEL, _ID, _SLOT, _OFFSET, _PROGRAM, _COLUMNS = (tl.constexpr(i) for i in range(7))
+_POINTER, _NUMEL, _ID, _SLOT, _FIRST, _OFFSET, _PROGRAM, _COLUMNS = (tl.constexpr(i) for i in range(8))
+_QUERY = tl.constexpr(16)  # streams from one query to the next
 
 
 @triton.jit
@@ -91,13 +92,13 @@ def _store(pointer, left, value, OCTETS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _materialise(
-    out, rows, segments, amounts, clock, k0, k1, query,
+    out, rows, segments, amounts, clock, k0, k1, stream,
     GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     row, first, left = _place(rows, segments, OCTETS)
-    octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
+    octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
     w = _load(_pointer(row, first, TYPE, ALIGNED), left, OCTETS)
-    z = draw(_u32(k0), _u32(k1), octet, _u32(tl.load(row + _ID)), _u32(tl.load(clock)), _u32(query), GAUSSIAN)
+    z = draw(_u32(k0), _u32(k1), octet, _u32(tl.load(row + _ID)), _u32(tl.load(clock)), _u32(stream), GAUSSIAN)
     u = weave(*z) * tl.load(amounts + tl.load(row + _SLOT))
     target = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
     _store(target, left, _nearest(w + u, TYPE), OCTETS)
@@ -107,33 +108,33 @@ def _materialise(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _update(
-    rows, segments, amounts, stride, valid, shrink, clock, k0, k1, query, queries,
+    rows, segments, amounts, stride, valid, shrink, clock, k0, k1, stream, queries,
     GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     if tl.load(valid):
         row, first, left = _place(rows, segments, OCTETS)
         block, step, slot = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), tl.load(row + _SLOT)
-        octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
+        octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
         weight = _pointer(row, first, TYPE, ALIGNED)
         w = _load(weight, left, OCTETS)
         t0 = tl.zeros([OCTETS], tl.float32)  # one sum a place in the octet: a sum over whole octets would be laid out otherwise
         t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
         for q in range(queries):
-            z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(query + q), GAUSSIAN)
+            z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream + q * _QUERY), GAUSSIAN)
             a = tl.load(amounts + q * stride + slot)
             t0, t1, t2, t3 = t0 + z0 * a, t1 + z1 * a, t2 + z2 * a, t3 + z3 * a
             t4, t5, t6, t7 = t4 + z4 * a, t5 + z5 * a, t6 + z6 * a, t7 + z7 * a
         total = weave(t0, t1, t2, t3, t4, t5, t6, t7)
         w = w + (total - w * tl.load(shrink))
         if tl.float32 != TYPE:
-            bits = rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(query))
+            bits = rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(stream))
             w = _stochastic_round(w, bits, TYPE)
         _store(weight, left, w, OCTETS)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _rows(
-    out, weight, ids, amounts, clock, slot, block, k0, k1, query, half, width,
+    out, weight, ids, amounts, clock, slot, block, k0, k1, stream, half, width,
     GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
@@ -141,12 +142,34 @@ def _rows(
     octet = start // 8 + tl.program_id(1) * OCTETS + tl.arange(0, OCTETS)
     at = (start // 8 + tl.program_id(1) * OCTETS) * 8 + tl.arange(0, OCTETS * 8)
     mine = (at >= start) & (at < start + width)
-    z = draw(_u32(k0), _u32(k1), octet.to(tl.uint32), _u32(block), _u32(tl.load(clock)), _u32(query), GAUSSIAN)
+    z = draw(_u32(k0), _u32(k1), octet.to(tl.uint32), _u32(block), _u32(tl.load(clock)), _u32(stream), GAUSSIAN)
     u = weave(*z) * tl.load(amounts + slot)
     if place >= half:
         u = -u
     w = tl.load(weight + at, mask=mine).to(tl.float32)
     tl.store(out + place * width + (at - start), _nearest(w + u, TYPE), mask=mine)
+
+
+@triton.jit(do_not_specialize=[*_SCALARS, "numel", "width"])
+def _fold(
+    weight, left, basis, shrink, clock, block, k0, k1, stream, numel, width,
+    RANK: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * OCTETS
+    row, within = first * 8 // width, (first * 8 % width).to(tl.int32) + tl.arange(0, OCTETS * 8)
+    mine = first * 8 + tl.arange(0, OCTETS * 8) < numel
+    down, column = within // width.to(tl.int32), within % width.to(tl.int32)
+    w = tl.load(weight + first * 8 + tl.arange(0, OCTETS * 8), mask=mine, other=0.0).to(tl.float32)
+    total = tl.zeros([OCTETS * 8], tl.float32)
+    for j in range(RANK):
+        b = tl.load(left + (row + down) * RANK + j, mask=mine, other=0.0)
+        a = tl.load(basis + j * width + column, mask=mine, other=0.0).to(tl.float32)
+        total = total + b * a
+    w = w + (total - w * tl.load(shrink))
+    if tl.float32 != TYPE:
+        octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
+        w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, _u32(block), _u32(tl.load(clock)), _u32(stream)), TYPE)
+    tl.store(weight + first * 8 + tl.arange(0, OCTETS * 8), w, mask=mine)
 
 
 class Table:
@@ -156,9 +179,10 @@ class Table:
         tensors: Contiguous; they must stay where they are.
         ids: 32-bit block id of each.
         slots: Place of each in the array of amounts.
+        starts: Where each begins in its block, in elements: multiples of 8.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], ids: Sequence[int], slots: Sequence[int]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], ids: Sequence[int], slots: Sequence[int], starts: Sequence[int]) -> None:
         self.tensors = tuple(tensors)
         self.device, self.dtype = tensors[0].device, tensors[0].dtype
         self.addresses = [t.data_ptr() for t in tensors]
@@ -168,8 +192,9 @@ class Table:
         self.programs = int(programs.sum())
         #: Octets of each tensor, the last one filled up; those of all.
         self.octets, self.length = octets.tolist(), int(octets.sum())
-        columns = [torch.tensor(self.addresses), sizes, torch.tensor(ids), torch.tensor(slots), octets.cumsum(0) - octets]
-        self.rows = torch.stack([*columns, programs.cumsum(0) - programs], dim=1).to(self.device)
+        named = [self.addresses, sizes.tolist(), ids, slots, [start // 8 for start in starts]]
+        columns = [*(torch.tensor(column) for column in named), octets.cumsum(0) - octets, programs.cumsum(0) - programs]
+        self.rows = torch.stack(columns, dim=1).to(self.device)
         #: Row of the table for each program.
         self.segments = torch.repeat_interleave(torch.arange(len(tensors), dtype=torch.int32), programs).to(self.device)
 
@@ -189,7 +214,7 @@ def _signed(*words: int) -> tuple[int, ...]:
 
 
 def _key(noise: Noise) -> tuple[int, ...]:
-    return _signed(noise.key.seed & 0xFFFFFFFF, noise.key.seed >> 32, noise.key.query)
+    return _signed(noise.key.seed & 0xFFFFFFFF, noise.key.seed >> 32, noise.key.query * 16 + int(noise.purpose))
 
 
 def materialise(table: Table, amounts: Tensor, noise: Noise, clock: Tensor, copies: int) -> list[Tensor]:
@@ -262,3 +287,21 @@ def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, 
             GAUSSIAN=noise.fused == "gaussian", TYPE=_TYPES[weight.dtype], OCTETS=octets, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def fold(weight: Tensor, left: Tensor, basis: Tensor, shrink: Tensor, noise: Noise, clock: Tensor) -> None:
+    """``weight <- weight + (left @ basis - shrink * weight)`` in place; see :func:`zolightning.kernels.fold`.
+
+    Args:
+        weight: ``[N, H]``, contiguous.
+        left: ``[N, R]``, float32.
+        basis: ``[R, H]``, of the weight's type.
+        shrink: Rate of weight decay: 0-d float32.
+        noise: Its key has the rounding bits.
+        clock: The step: 0-d int64.
+    """
+    with _on(weight.device):
+        _fold[(triton.cdiv(weight.numel(), _OCTETS * 8),)](
+            weight, left, basis, shrink, clock, *_signed(noise.key.block), *_key(noise), weight.numel(), weight.shape[1],
+            RANK=left.shape[1], TYPE=_TYPES[weight.dtype], OCTETS=_OCTETS, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip

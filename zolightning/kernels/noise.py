@@ -95,21 +95,22 @@ def box_muller(a, b):
 
 
 @triton.jit
-def draw(k0, k1, octet, block, step, query, GAUSSIAN: tl.constexpr):
+def draw(k0, k1, octet, block, step, stream, GAUSSIAN: tl.constexpr):
     """The noise of elements ``8 * octet`` to ``8 * octet + 7``: eight float32 tensors ``[N]``, one a place in the octet.
 
-    ``octet`` is the flat index divided by 8: uint32, shape ``[N]``; the key's words are uint32 scalars.
+    ``octet`` is the flat index divided by 8: uint32, shape ``[N]``; the key's words are uint32 scalars, and
+    ``stream`` is ``query * 16 + purpose``.
     """
     if GAUSSIAN:
         first = octet * 2
-        a0, a1, a2, a3 = philox(k0, k1, first, block, step, query * 16)
-        b0, b1, b2, b3 = philox(k0, k1, first + 1, block, step, query * 16)
+        a0, a1, a2, a3 = philox(k0, k1, first, block, step, stream)
+        b0, b1, b2, b3 = philox(k0, k1, first + 1, block, step, stream)
         z0, z1 = box_muller(a0, a1)
         z2, z3 = box_muller(a2, a3)
         z4, z5 = box_muller(b0, b1)
         z6, z7 = box_muller(b2, b3)
     else:
-        w0, w1, w2, w3 = philox(k0, k1, octet >> 4, block, step, query * 16)
+        w0, w1, w2, w3 = philox(k0, k1, octet >> 4, block, step, stream)
         lane = (octet >> 2) & 3
         word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
         byte = word >> ((octet & 3) * 8)
@@ -132,7 +133,10 @@ def weave(a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 @triton.jit
-def rounding_bits(k0, k1, octet, block, step, query):
-    """Uniform 16-bit integers for elements ``8 * octet`` to ``8 * octet + 7``: uint32, shape ``[8 * len(octet)]``."""
-    w0, w1, w2, w3 = philox(k0, k1, octet, block, step, query * 16 + 1)
+def rounding_bits(k0, k1, octet, block, step, stream):
+    """Uniform 16-bit integers for elements ``8 * octet`` to ``8 * octet + 7``: uint32, shape ``[8 * len(octet)]``.
+
+    ``stream`` is that of a direction.
+    """
+    w0, w1, w2, w3 = philox(k0, k1, octet, block, step, stream + 1)
     return weave(w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from zolightning.noise import GaussianNoise, Noise, RademacherNoise
 if TYPE_CHECKING:
     from zolightning.kernels.fused import Table
 
+_T = TypeVar("_T")
 #: Devices on which the Triton kernels run.
 FUSED_DEVICES = {"cuda"} if importlib.util.find_spec("triton") is not None else set()
 
@@ -29,11 +30,15 @@ class Pack:
         tensors: The weights; contiguous for :meth:`update`. They must stay where they are.
         ids: 32-bit block id of each.
         slots: Place of each in the amounts that the passes take; without them 0, 1, 2, ...
+        starts: Where each begins in its block, in elements, if it is a part: multiples of 8.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], ids: Sequence[int], slots: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], ids: Sequence[int], slots: Sequence[int] | None = None, starts: Sequence[int] | None = None
+    ) -> None:
         self.tensors, self.ids = tuple(tensors), tuple(ids)
         self.slots = tuple(slots) if slots is not None else tuple(range(len(self.tensors)))
+        self.starts = tuple(starts) if starts is not None else (0,) * len(self.tensors)
 
     @cached_property
     def _tables(self) -> list[tuple[list[int], Table]]:
@@ -43,8 +48,12 @@ class Pack:
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         for index, tensor in enumerate(self.tensors):
             groups[tensor.device, tensor.dtype].append(index)
+
+        def of(column: Sequence[_T], group: list[int]) -> list[_T]:
+            return [column[index] for index in group]
+
         return [
-            (group, Table([self.tensors[i] for i in group], [self.ids[i] for i in group], [self.slots[i] for i in group]))
+            (group, Table(of(self.tensors, group), of(self.ids, group), of(self.slots, group), of(self.starts, group)))
             for group in groups.values()
         ]
 
@@ -56,17 +65,12 @@ class Pack:
         """
         if not all(t.device.type in FUSED_DEVICES and t.dtype != torch.float64 and t.is_contiguous() for t in self.tensors):
             return False
-        kind, first = type(noises[0][0]), noises[0][0].key
+        kind, first = type(noises[0][0]), noises[0][0]
         return kind in (GaussianNoise, RademacherNoise) and all(
-            type(noise) is kind and noise.key == replace(first, query=first.query + q, block=block)
+            type(noise) is kind and noise == replace(first, key=replace(first.key, query=first.key.query + q, block=block))
             for q, row in enumerate(noises)
             for noise, block in zip(row, self.ids, strict=True)
         )
-
-    def settle(self) -> None:
-        """Find the tensors again if they were moved to other memory. Captured graphs know the old places: not for the middle of a run."""
-        if "_tables" in self.__dict__ and not all(table.still_there() for _, table in self._tables):
-            del self.__dict__["_tables"]
 
     def check_places(self) -> None:
         """Make sure that the kernels will find the tensors.
@@ -101,8 +105,8 @@ class Pack:
             return [out[index] for index in range(len(self.tensors))]
         parts = amounts.unbind()
         return [
-            plain.materialise(tensor, parts[slot].to(tensor.device, plain.compute_dtype(tensor.dtype)), noise, copies)
-            for tensor, slot, noise in zip(self.tensors, self.slots, noises, strict=True)
+            plain.materialise(tensor, parts[slot].to(tensor.device, plain.compute_dtype(tensor.dtype)), noise, copies, start)
+            for tensor, slot, noise, start in zip(self.tensors, self.slots, noises, self.starts, strict=True)
         ]
 
     def update(
@@ -128,10 +132,10 @@ class Pack:
                 of_one = [row[indices[0]] for row in noises]
                 fused.update(table, own, of_one, rate, valid.to(table.device), _clock(clock, noises[0][0], table.device))
             return
-        for index, (tensor, slot) in enumerate(zip(self.tensors, self.slots, strict=True)):
+        for index, (tensor, slot, start) in enumerate(zip(self.tensors, self.slots, self.starts, strict=True)):
             compute = plain.compute_dtype(tensor.dtype)
             own, rate = amounts[:, slot].to(tensor.device, compute), scalar(shrink, tensor.device, compute)
-            plain.update(tensor, own, [row[index] for row in noises], rate, valid.to(tensor.device))
+            plain.update(tensor, own, [row[index] for row in noises], rate, valid.to(tensor.device), start)
 
 
 def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, clock: Tensor | None, copies: int) -> Tensor:
@@ -157,6 +161,25 @@ def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, 
         return fused.rows(weight, ids, own, slot, noise, _clock(clock, noise, weight.device), copies)
     whole = pack.materialise(amounts, [noise], clock, copies)[0]
     return torch.cat([copy[part] for copy, part in zip(whole, ids.chunk(copies), strict=True)])
+
+
+def fold(weight: Tensor, left: Tensor, basis: Tensor, shrink: Tensor, noise: Noise, clock: Tensor | None) -> None:
+    r"""In-place step :math:`W \leftarrow W + (B A - r W)` of a matrix; 16-bit weights are rounded stochastically.
+
+    Args:
+        weight: ``W``: ``[N, H]``, contiguous.
+        left: ``B``: ``[N, R]``, float32 (float64 for float64 weights).
+        basis: ``A``: ``[R, H]``, of the weight's type.
+        shrink: The rate ``r`` of weight decay: 0-d.
+        noise: Its key has the rounding bits.
+        clock: As for :meth:`Pack.materialise`.
+    """
+    if Pack([weight], [noise.key.block]).fusable([[noise]]):
+        from zolightning.kernels import fused
+
+        fused.fold(weight, left, basis, shrink.to(weight.device, torch.float32), noise, _clock(clock, noise, weight.device))
+    else:
+        plain.fold(weight, left, basis, shrink.to(weight.device, plain.compute_dtype(weight.dtype)), noise.key)
 
 
 def scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -201,6 +201,7 @@ class ZOModule(pl.LightningModule):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Figures on the data module's validation rows, outside the Trainer's own loop."""
+        self.settle()
         if self.data is None or self.trainer.limit_val_batches == 0 or not is_overridden("val_dataloader", self.data):
             return {}
         evaluation, limit = self.start_evaluation(), self.trainer.limit_val_batches
@@ -258,6 +259,7 @@ class ZOModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the blocks that move, under their canonical names; the base is rebuilt from its id."""
+        self.settle()
         others = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("model.")}
         checkpoint["state_dict"] = {f"model.{block.name}": block.tensor.detach() for block in self.space.blocks} | others
         settings = self.space.settings
@@ -301,14 +303,30 @@ class ZOModule(pl.LightningModule):
     @torch.no_grad()
     def reload_base(self) -> None:
         """Give the blocks the weights of the base model again, where they lie."""
+        self.settle()
         # Scales and prefixes come from the quantised base, and have the bits of the device that made them.
         device = self.device if hasattr(self.language_model.config, "quantization_config") else "cpu"
         fresh = self._load(device)
         for block, base in zip(self.space.blocks, self.make_space(fresh).blocks, strict=True):
             block.tensor.copy_(base.tensor)
 
+    def settle(self) -> None:
+        """Bring what waits beside the weights into them; called before anything but a probe looks at them."""
+
+    def on_validation_model_eval(self) -> None:
+        """Before callbacks and batches."""
+        self.settle()
+        super().on_validation_model_eval()
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Of the weights as they are after the latest step."""
+        self.settle()
+        state: dict[str, Any] = super().state_dict(*arguments, **options)
+        return state
+
     @torch.no_grad()
     def load_blocks(self, state_dict: dict[str, Tensor]) -> None:
         """Copy the blocks of a checkpoint's ``state_dict`` into the model."""
+        self.settle()
         for block in self.space.blocks:
             block.tensor.copy_(state_dict[f"model.{block.name}"])

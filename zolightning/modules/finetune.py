@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from zolightning.estimators import Estimator, TwoPoint
@@ -40,6 +41,8 @@ class ZOFinetuneModule(ZOModule):
         quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are
             in the files, which may be quantised already.
         double_quantization: Quantise the scales of 4-bit weights too.
+        deferred_updates: Keep the moves of a low-rank sampler beside the weights until its window ends or somebody looks: validation,
+            checkpoints, ``state_dict()``, the end of the run. A step then passes over the weights in its forwards alone.
 
     Raises:
         ValueError: An argument is out of range.
@@ -67,6 +70,7 @@ class ZOFinetuneModule(ZOModule):
         trust_remote_code: bool = False,
         quantization: Quantization | None = None,
         double_quantization: bool = False,
+        deferred_updates: bool = False,
     ) -> None:
         super().__init__(
             pretrained, dtype, space, objective, micro_batch_size, attn_implementation, trust_remote_code, quantization, double_quantization
@@ -75,12 +79,14 @@ class ZOFinetuneModule(ZOModule):
         self.estimator = estimator if estimator is not None else TwoPoint()
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
+        self.deferred_updates = deferred_updates
 
     def configure_optimizers(self) -> Any:
         """The zeroth-order optimizer on the space's blocks, and the schedule."""
         optimizer = self.make_optimizer(self.space, self.sampler, self.estimator)
         if self.make_optimizer is ZOOptimizer and self.pretrained == "demo":  # the defaults are for large models
             optimizer = ZOOptimizer(self.space, self.sampler, self.estimator, lr=DEMO_LR, eps=DEMO_EPS)
+        optimizer.deferred = self.deferred_updates
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
@@ -124,6 +130,22 @@ class ZOFinetuneModule(ZOModule):
         self.zo_optimizer.param_groups[0]["lr"] *= factor
         _scale_schedule(self.lr_schedulers(), factor)
 
+    def setup(self, stage: str) -> None:
+        """Refuse settings that would silently spoil the run; do not defer updates that a callback may look for."""
+        super().setup(stage)
+        lookers = [type(callback).__name__ for callback in self.trainer.callbacks if _may_look(callback)]  # type: ignore[attr-defined]
+        if self.deferred_updates and lookers:
+            log.warning("deferred_updates: no, %s may look at the weights after every step", lookers[0])
+            self.deferred_updates = False
+
+    def settle(self) -> None:
+        if self.deferred_updates and self._trainer is not None and self.trainer.optimizers:
+            self.zo_optimizer.settle()
+
+    def on_train_end(self) -> None:
+        """The weights are whole from here on."""
+        self.settle()
+
     @property
     def steps(self) -> int:
         return self.zo_optimizer.steps
@@ -144,7 +166,11 @@ class ZOFinetuneModule(ZOModule):
         """One step on one batch, whatever the number of directions."""
         bound = self.batch_objective().on(self.language_model, batch, self.micro_batch_size)
         # Lightning wraps the closure, so the objective itself travels beside it.
-        loss: Tensor = self.optimizers().step(bound, bound=bound)  # type: ignore[union-attr]
+        try:
+            loss: Tensor = self.optimizers().step(bound, bound=bound)  # type: ignore[union-attr]
+        except BaseException:
+            self.settle()
+            raise
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
@@ -166,3 +192,10 @@ def _scale_schedule(scheduler: Any, factor: float) -> None:
         _scale_schedule(part, factor)
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]
+
+
+def _may_look(callback: Callback) -> bool:
+    """Whether a callback that this package and Lightning do not know runs after every step."""
+    kind = type(callback)
+    known = kind.__module__.partition(".")[0] in ("lightning", "zolightning")
+    return not known and any(getattr(kind, hook) is not getattr(Callback, hook) for hook in ("on_train_batch_start", "on_train_batch_end"))

@@ -121,7 +121,7 @@ class PolicyMetaTrainModule(ZOModule):
         if self.model is not None:
             return
         super().configure_model()
-        infos = [BlockInfo(block.name, tuple(block.tensor.shape)) for block in self.space.blocks]
+        infos = [BlockInfo.of(block) for block in self.space.blocks]
         self.policy = self._unbound.bind(infos)
         self.policy.base_model = self.pretrained
         if not isinstance(self.space, DenseSpace):

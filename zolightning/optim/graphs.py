@@ -38,6 +38,7 @@ class StepGraphs:
         self._compute = compute
         self._captured: dict[Any, _Captured] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # one for all: each stream that multiplies matrices gets 32 MiB for good
 
     def rehearse(self, bound: BoundObjective) -> bool:
         """Whether a step, without the change of the weights, runs without waiting for the device."""
@@ -83,17 +84,17 @@ class StepGraphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as that which watches over NCCL, may talk to the device meanwhile.
-        with _no_garbage(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with _no_garbage(), torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
             outputs = self._compute(bound, True)
         return _Captured(graph, bound.batch, outputs)
 
     def _warm_up(self, bound: BoundObjective) -> None:
         """Compile and load every kernel."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self._compute(bound.to(with_padding(bound.batch)), False)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
 
 @contextmanager

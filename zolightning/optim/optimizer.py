@@ -93,12 +93,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         if max_skipped < 1:
             raise ValueError(f"max_skipped={max_skipped} must be at least 1")
         self.space = space
-        space.settle()
+        space.locate()
         self.sampler = sampler if sampler is not None else GaussianSampler()
         self.estimator = estimator if estimator is not None else TwoPoint()
         self.rule = rule if rule is not None else SGD()
         self.max_skipped = max_skipped
         self.sampler.bind(space)
+        space.prepare(self.sampler, seed, 0)
         #: What the set-up probe found; ``None`` before the first step.
         self.setup_report: SetupReport | None = None
         #: Probe losses and coefficients of the latest step: shapes ``[probes]`` and ``[queries]``, on the device.
@@ -106,6 +107,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.coefficients: Tensor | None = None
         #: Other processes that share the evaluation of every step; ``None``: this one alone. Set it before the first step.
         self.replicas: Replicas | None = None
+        #: Called with the number of steps after deferred moves were brought into the weights at that point.
+        self.on_settle: Callable[[int], None] | None = None
         self._wanted = {"pair": pair, "capture": capture, "compile": compile}  # in the order of Form
         defaults = {"lr": lr, "base_lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0, "form": None}
         super().__init__([block.tensor for block in space.blocks], defaults)
@@ -116,9 +119,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
         self._graphs = StepGraphs(self._compute)
         self._side = torch.cuda.Stream(space.device) if space.device.type == "cuda" else None
-        probes, constant = len(self.estimator.probes), self.sampler.constant_scales
+        probes, constant = len(self.estimator.probes), self.sampler.constant_scales and space.active(self._clock) is None
         #: What the latest steps did.
         self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
+        self._settled = 0  # step at which no move was waiting
+        self._settles: frozenset[int] = frozenset()  # where recorded steps have a look at the weights
         self._recorded: deque[Row] = deque()  # coming steps whose losses are known
 
     @property
@@ -135,6 +140,39 @@ class ZOOptimizer(torch.optim.Optimizer):
     def skipped(self) -> int:
         """Steps skipped because a loss was not finite (waits for the device)."""
         return int(self._skipped.counts[0])
+
+    @property
+    def deferred(self) -> bool:
+        """Whether moves of low rank wait beside the weights; who looks at the weights then calls :meth:`settle` first."""
+        return self.space.deferred
+
+    @deferred.setter
+    def deferred(self, deferred: bool) -> None:
+        self.settle()
+        self.space.deferred = deferred
+
+    def settle(self) -> None:
+        """Bring deferred moves into the weights.
+
+        Raises:
+            RuntimeError: It repeats steps that were made otherwise.
+        """
+        if not self.deferred or self._settled == self.steps:
+            return
+        if self.repeating and self.steps not in self._settles:
+            raise RuntimeError(
+                f"the recorded steps were made without a look at the weights of step {self.steps}: resume with the old intervals of "
+                "validation and checkpoints, or from the checkpoint alone"
+            )
+        self.space.settle(self.param_groups[0]["seed"], self.steps)
+        self._settled = self.steps
+        if self.on_settle is not None and self.steps not in self._settles:
+            self.on_settle(self.steps)
+
+    @property
+    def must_settle(self) -> bool:
+        """Whether the steps of :meth:`repeat` have a look at the weights here."""
+        return self.steps in self._settles
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the space decides what moves.
@@ -168,6 +206,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.history.make_room(group["step"])
         self._set_clock(group["lr"], group["step"])
         self.sampler.refresh(group["step"])
+        self.space.prepare(self.sampler, group["seed"], group["step"])
         if self._recorded:
             self.losses, self.coefficients = self._repeat(self._recorded.popleft())
             return self.losses.mean()
@@ -176,7 +215,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self._set_up(work, group["eps"])
             with uninterrupted() if self._form.captured else nullcontext():
                 if self._form.captured and isinstance(work, BoundObjective) and not work.hold:
-                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"]))
+                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"], self.deferred))
                     self._count_step()
                 else:
                     self.losses, self.coefficients = self._compute(work, True)
@@ -190,7 +229,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         hold = bool(getattr(work, "hold", False))
         form = self._form if isinstance(work, BoundObjective) and not hold else Form()
-        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        directions = self._directions()
         losses = probe_losses(self.space, self.estimator.probes, directions, group["eps"], work, form, hold, self.replicas)
         valid = torch.isfinite(losses).all() & live
         coefficients = self.estimator.coefficients(losses, group["eps"])
@@ -205,6 +244,16 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self._count_step()
         return losses, coefficients
 
+    def _directions(self) -> tuple[Direction, ...]:
+        """The directions of the coming step: blocks that do not take their turn in it have scale 0."""
+        group = self.param_groups[0]
+        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        active = self.space.active(self._clock)
+        if active is None:
+            return directions
+        scales = self.sampler.restrict(directions[0].scales, active)
+        return tuple(replace(direction, scales=scales) for direction in directions)
+
     def _change(self, directions: Sequence[Direction], weights: Tensor, shrink: Tensor, losses: Tensor, valid: Tensor) -> None:
         """The change of the weights and of everything that counts it, on the device. The sampler's part runs beside the update."""
         if self._side is not None:
@@ -217,13 +266,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._skipped.count(valid)
         self._clock.add_(1)
 
-    def repeat(self, rows: Iterable[Row]) -> None:
+    def repeat(self, rows: Iterable[Row], settles: Iterable[int] = ()) -> None:
         """Take the coming steps as a record has them, instead of evaluating losses; :meth:`step` then does not look at its closure.
 
         The weights, the sampler and all counts end as they did when the record was made.
 
         Args:
             rows: The coming steps, in order; the first is the one of :attr:`steps`.
+            settles: Steps at which :meth:`settle` was called.
 
         Raises:
             ValueError: They are other steps.
@@ -231,7 +281,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         rows = tuple(rows)
         if [row.step for row in rows] != list(range(self.steps, self.steps + len(rows))):
             raise ValueError(f"the recorded steps do not go on from step {self.steps}")
-        self._recorded = deque(rows)
+        self._recorded, self._settles = deque(rows), frozenset(settles)
 
     @property
     def repeating(self) -> bool:
@@ -240,13 +290,12 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _repeat(self, row: Row) -> tuple[Tensor, Tensor]:
         """One step of :meth:`repeat`; whoever made the record has its row."""
-        group = self.param_groups[0]
         lr, losses, coefficients = (
             torch.tensor(value, dtype=self.space.compute_dtype, device=self.space.device)
             for value in (row.lr, row.losses, row.coefficients)
         )
         valid, scales = torch.tensor(row.valid, device=self.space.device), row.scales.to(self.space.device)
-        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
+        directions = self._directions()
         weights, shrink = self.rule.move(coefficients, lr)
         with uninterrupted():
             self._change([replace(direction, scales=scales) for direction in directions], weights, shrink, losses, valid)
@@ -275,7 +324,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def _set_up(self, work: Callable[[], Any], eps: float) -> None:
         group = self.param_groups[0]
-        direction = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)[0]
+        direction = self._directions()[0]
         own = work if self.replicas is None else self.replicas.own(work)
         self.setup_report = self._verify(own, direction, eps)
         chosen = (self._form.paired, self._form.captured, self._form.compiled)
@@ -295,8 +344,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         for part in (bound.objective, self.sampler, self.rule, self.replicas):
             if part is not None and not part.capturable:
                 return f"{type(part).__name__} does not say that it may be captured"
-        directions = self.sampler.directions(group["seed"], group["step"], self.estimator.queries, self._clock)
-        if self.space.device.type != "cuda" or not self.space.pack.fusable([[d.noise(b) for b in self.space.blocks] for d in directions]):
+        directions = self._directions()
+        if self.space.device.type != "cuda" or not self.space.fusable(directions):
             return "the kernels for it run on a GPU, and know Gaussian and Rademacher noise"
         group["form"] = asdict(form)
         try:
@@ -326,7 +375,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, counters, and the sampler's tensors; no noise, no momentum, nothing of the weights' size."""
+        """Settings, counters, and the sampler's tensors; no noise, no momentum, nothing of the weights' size. The weights are settled."""
+        self.settle()
         state = super().state_dict()
         state["state"] = {"skipped": self._skipped.counts.clone(), "sampler": {k: v.clone() for k, v in self.sampler.state().items()}}
         return state
@@ -341,9 +391,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         if saved != own:
             raise ValueError(f"the optimizer state is of {saved} blocks, this space has {own}: a checkpoint of another model?")
         state = state_dict["state"]
+        self.settle()
         self.sampler.load_state(state["sampler"])
         super().load_state_dict({**state_dict, "state": {}})
         self.history.restart(self.steps)
+        self._settled = self.steps
         self._skipped.counts.copy_(state["skipped"])
 
 

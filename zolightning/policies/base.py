@@ -92,9 +92,17 @@ class Policy(nn.Module, ABC):
             Shape ``[blocks]``, not negative, differentiable in the policy's parameters.
         """
 
-    def normalise(self, raw: Tensor) -> Tensor:
-        """Scales as a direction has them, from raw scales: shape ``[blocks]``."""
-        return self.normaliser(raw, self.shares)
+    def normalise(self, raw: Tensor, active: Tensor | None = None) -> Tensor:
+        """Scales as a direction has them.
+
+        Args:
+            raw: Raw scales: shape ``[blocks]``.
+            active: 1 for a block that moves in the step, else 0: shape ``[blocks]``; ``None``: all move.
+        """
+        if active is None:
+            return self.normaliser(raw, self.shares)
+        shares = self.shares * active
+        return self.normaliser(raw * active, shares / shares.sum())
 
     @property
     def n_params(self) -> int:

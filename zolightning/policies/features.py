@@ -19,9 +19,9 @@ STANDARD = (*(f"kind:{kind}" for kind in KINDS), "depth", "depth_squared", "size
 class Features:
     r"""Everything that scales may depend on, as tensors that are written in place.
 
-    The names and shapes give fixed columns. The weights give a mean and an unbiased variance per block, taken anew every so many steps.
-    The probes of the previous step give two losses and the policy's own raw scales. Before the first step the losses are 0 and the
-    raw scales 1, as in the paper.
+    The names and shapes give fixed columns; those of a block that stands beside a weight of the base model are that weight's. The
+    weights give a mean and an unbiased variance per block, taken anew every so many steps. The probes of the previous step give two
+    losses and the policy's own raw scales. Before the first step the losses are 0 and the raw scales 1, as in the paper.
 
     Args:
         blocks: The blocks.
@@ -43,7 +43,8 @@ class Features:
 
     def __init__(self, blocks: Sequence[BlockInfo], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.blocks = tuple(blocks)
-        fixed = torch.tensor(_fixed(self.blocks), dtype=dtype, device="cpu")
+        seen = [block.origin or block for block in self.blocks]
+        fixed = torch.tensor(_fixed(seen), dtype=dtype, device="cpu")
         self._fixed = fixed.to(device)  # [blocks, fixed columns]
         self.mean, self.variance = torch.zeros_like(self._fixed[:, 0]), torch.zeros_like(self._fixed[:, 0])
         self.losses = torch.zeros(2, dtype=dtype, device=device)

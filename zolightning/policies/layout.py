@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from zolightning.blocks import Block
+
 Match = Literal["exact", "kind"]
 
 #: The kinds, in the order in which tables and pictures show them.
@@ -42,6 +44,7 @@ class BlockInfo:
     Args:
         name: Canonical name of the block.
         shape: Its shape; ``None`` where it is not known, as in the published files.
+        origin: The weight of the base model that the block changes, where it is not that weight; see :class:`~zolightning.blocks.Origin`.
 
     Example:
         >>> info = BlockInfo("model.layers.3.mlp.down_proj.weight", (576, 1536))
@@ -51,6 +54,13 @@ class BlockInfo:
 
     name: str
     shape: tuple[int, ...] | None = None
+    origin: BlockInfo | None = None
+
+    @classmethod
+    def of(cls, block: Block) -> BlockInfo:
+        """What is known of a block."""
+        origin = block.origin
+        return cls(block.name, tuple(block.tensor.shape), None if origin is None else cls(origin.name, origin.shape))
 
     @property
     def numel(self) -> int:
@@ -84,6 +94,9 @@ def depths(blocks: Sequence[BlockInfo]) -> list[float | None]:
 def match_blocks(own: Sequence[BlockInfo], wanted: Sequence[BlockInfo], match: Match = "exact") -> list[int]:
     """For each wanted block, the index of the own block that stands for it.
 
+    A wanted block that the policy does not know by name is looked for as the weight of the base model that it changes. A policy for the
+    base model thus serves adapters of its linear maps, and what it says of other weights is left out.
+
     Args:
         own: The blocks of a policy.
         wanted: The blocks of a model.
@@ -93,10 +106,13 @@ def match_blocks(own: Sequence[BlockInfo], wanted: Sequence[BlockInfo], match: M
     Raises:
         ValueError: The blocks differ (with the differences), or a kind is missing.
     """
-    if match == "exact":
-        return _match_exactly(own, wanted)
-    if match != "kind":
+    if match not in ("exact", "kind"):
         raise ValueError(f"match={match!r} must be 'exact' or 'kind'")
+    known = {block.name if match == "exact" else block.stem for block in own}
+    strange = [block.origin is not None and (block.name if match == "exact" else block.stem) not in known for block in wanted]
+    wanted = [block.origin if other and block.origin else block for block, other in zip(wanted, strange, strict=True)]
+    if match == "exact":
+        return _match_exactly(own, wanted, whole=not any(strange))
     own_depths, index = depths(own), []
     for block, depth in zip(wanted, depths(wanted), strict=True):
         candidates = [
@@ -115,17 +131,18 @@ def _distance(a: float | None, b: float | None) -> float:
     return abs(a - b)
 
 
-def _match_exactly(own: Sequence[BlockInfo], wanted: Sequence[BlockInfo]) -> list[int]:
+def _match_exactly(own: Sequence[BlockInfo], wanted: Sequence[BlockInfo], whole: bool) -> list[int]:
+    """``whole``: every own block must be wanted."""
     place = {block.name: i for i, block in enumerate(own)}
-    names = {block.name for block in wanted}
+    names = dict.fromkeys(block.name for block in wanted)
     reshaped = []
-    for block in wanted:
+    for block in dict.fromkeys(wanted):  # several may change one weight
         shape = own[place[block.name]].shape if block.name in place else block.shape
         if shape is not None and shape != block.shape:
             reshaped.append(f"{block.name!r} {shape} in the policy, {block.shape} here")
     differences = {
-        "missing from the policy": [repr(block.name) for block in wanted if block.name not in place],
-        "not among the blocks that move": [repr(block.name) for block in own if block.name not in names],
+        "missing from the policy": [repr(name) for name in names if name not in place],
+        "not among the blocks that move": [repr(block.name) for block in own if whole and block.name not in names],
         "of another shape": reshaped,
     }
     if any(differences.values()):

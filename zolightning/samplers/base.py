@@ -82,6 +82,15 @@ class Sampler(ABC):
         """Standard deviation of each block in the coming step: float32, shape ``[blocks]``, on the blocks' device."""
         return torch.ones(len(self.blocks), dtype=torch.float32, device=self.blocks[0].tensor.device)
 
+    def restrict(self, scales: Tensor, active: Tensor) -> Tensor:
+        """Scales of a step in which only some blocks move.
+
+        Args:
+            scales: Those of all blocks: shape ``[blocks]``.
+            active: 1 for a block that moves, else 0: float32, shape ``[blocks]``; see :meth:`Space.active`.
+        """
+        return scales * active
+
     def directions(self, seed: int, step: int, queries: int, clock: Tensor | None = None) -> tuple[Direction, ...]:
         """The directions of one step; they share their scales."""
         scales = self.scales()

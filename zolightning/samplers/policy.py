@@ -17,7 +17,9 @@ from zolightning.samplers.gaussian import GaussianSampler
 class PolicySampler(Sampler):
     r"""Block :math:`i` gets :math:`\tilde\sigma_i z_i`: the noise of another sampler, with scales that a policy computes in each step.
 
-    The policy sees the losses of the previous step, its own previous raw scales, and statistics of the weights.
+    The policy sees the losses of the previous step, its own previous raw scales, and statistics of the weights. A policy for a base
+    model also serves blocks that stand beside its weights, such as adapters of its linear maps and scales of its packed weights:
+    each gets the scale of the weight that it changes, from the statistics of that weight.
 
     Args:
         policy: File of a policy, name of a shipped one, or a policy itself.
@@ -50,7 +52,7 @@ class PolicySampler(Sampler):
     def bind(self, space: HasBlocks) -> None:
         super().bind(space)
         self.base.bind(space)
-        infos = [BlockInfo(block.name, tuple(block.tensor.shape)) for block in self.blocks]
+        infos = [BlockInfo.of(block) for block in self.blocks]
         device = self.blocks[0].tensor.device
         wide = any(block.dtype == torch.float64 for block in self.blocks)
         #: The policy for the blocks of this space.
@@ -70,6 +72,11 @@ class PolicySampler(Sampler):
 
     def scales(self) -> Tensor:
         return self._scales.clone()
+
+    @torch.no_grad()
+    def restrict(self, scales: Tensor, active: Tensor) -> Tensor:
+        """The blocks that move have among them the size that all would have."""
+        return self.policy.normalise(scales, active)
 
     @torch.no_grad()
     def observe(self, losses: Tensor) -> None:
@@ -95,7 +102,7 @@ class PolicySampler(Sampler):
         self._expected = -1
 
     def _measure(self) -> None:
-        self.features.measure(block.tensor for block in self.blocks)
+        self.features.measure(block.weight for block in self.blocks)
         self._compute()
 
     def _compute(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zolightning.spaces.dense import DenseSpace
+from zolightning.spaces.wrapping import linear_maps, one_line, require_peft, wrap
 
 _INIT = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
@@ -18,17 +17,16 @@ _INIT = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 class AdapterSpace(DenseSpace):
     r"""The parameters of a peft adapter; the base model, quantised or not, is read-only.
 
-    ``lora`` adds :math:`\frac{\alpha}{r} B A x` to linear maps, with :math:`B = 0` at the start. ``bank`` does so too, but moves
-    :math:`B` alone: all directions lie in the span of the random :math:`A`, which costs no noise and no update. ``prefix`` puts
-    learned keys and values in front of every layer's own; they start as those of random tokens. The adapter is float32. Its initial
-    values are a pure function of ``seed``. :attr:`model` is a peft model around the base, so a checkpoint holds what moves under
-    peft's names.
+    ``lora`` adds :math:`\frac{\alpha}{r} B A x` to linear maps, with :math:`B = 0` at the start. ``prefix`` puts learned keys and
+    values in front of every layer's own; they start as those of random tokens. The adapter is float32. Its initial values are a pure
+    function of ``seed``. :attr:`model` is a peft model around the base, so a checkpoint holds what moves under peft's names. For a
+    fixed ``A`` see :class:`~zolightning.LowRankSpace`.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
-        kind: ``lora``, ``bank`` or ``prefix``.
-        rank: Rank ``r`` of LoRA and bank.
-        alpha: Factor of LoRA and bank.
+        kind: ``lora`` or ``prefix``.
+        rank: Rank ``r`` of LoRA.
+        alpha: Factor of LoRA.
         targets: Shell patterns over the names of linear maps that get LoRA. Empty: peft's choice for the architecture (often queries
             and values).
         init: How LoRA's ``A`` starts: ``kaiming`` (uniform), ``gaussian`` or ``orthogonal``.
@@ -43,7 +41,6 @@ class AdapterSpace(DenseSpace):
 
     References:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
-        Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", 2023 (``bank``).
         Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", ACL 2021.
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023 (both, without backward passes).
     """
@@ -51,7 +48,7 @@ class AdapterSpace(DenseSpace):
     def __init__(
         self,
         model: nn.Module,
-        kind: Literal["lora", "bank", "prefix"] = "lora",
+        kind: Literal["lora", "prefix"] = "lora",
         rank: int = 8,
         alpha: float = 16.0,
         targets: Sequence[str] = (),
@@ -62,59 +59,29 @@ class AdapterSpace(DenseSpace):
         for name, value in (("rank", rank), ("tokens", tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        for name, choice, known in (("kind", kind, ("lora", "bank", "prefix")), ("init", init, tuple(_INIT))):
+        for name, choice, known in (("kind", kind, ("lora", "prefix")), ("init", init, tuple(_INIT))):
             if choice not in known:
                 raise ValueError(f"{name}={choice!r} must be one of {', '.join(known)}")
-        try:
-            import peft
-        except ImportError as error:
-            raise ValueError("AdapterSpace needs peft: pip install zolightning[quant]") from error
-        chosen = _linear_maps(model, targets)
-        trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-        try:
-            if kind != "prefix":
+        peft = require_peft("AdapterSpace")
+        chosen = linear_maps(model, targets)
+        with one_line(kind, model):
+            if kind == "lora":
                 config = peft.LoraConfig(
                     task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=chosen, init_lora_weights=_INIT[init]
                 )
-                wrapped = _wrap(model, config, seed)
+                wrapped, own = wrap(model, config, seed)
             else:
                 values = _keys_and_values(model, tokens, seed)
-                wrapped = _wrap(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens), seed)
+                wrapped, own = wrap(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens), seed)
                 wrapped.prompt_encoder["default"].embedding.weight.data.copy_(values)
                 wrapped.register_forward_pre_hook(_without_positions, with_kwargs=True)
                 model.register_forward_pre_hook(_with_positions, with_kwargs=True)
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"peft cannot put {kind} on a {type(model).__name__}: {str(error).strip().splitlines()[0]}") from error
-        for parameter in model.parameters():
-            parameter.requires_grad_(trainable.get(id(parameter), True))  # peft freezes the base, which other spaces may move
-        own = [name for name, parameter in wrapped.named_parameters() if id(parameter) not in trainable]
-        super().__init__(wrapped, include=[name for name in own if kind != "bank" or ".lora_A." not in name])
-        # The same blocks mean something else behind another A or factor.
-        fixed: dict[str, dict[str, Any]] = {"lora": {"alpha": alpha}, "bank": {"alpha": alpha, "init": init, "seed": seed}, "prefix": {}}
-        self._settings = fixed[kind]
+        super().__init__(wrapped, include=own)
+        self._settings = {"alpha": alpha} if kind == "lora" else {}
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self._settings
-
-
-def _wrap(model: nn.Module, config: Any, seed: int) -> Any:
-    """The peft model around a model. Initial values are drawn on the CPU, so that they are the same everywhere."""
-    import peft
-
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what has another name now
-        torch.default_generator.manual_seed(seed)
-        return peft.get_peft_model(model, config)
-
-
-def _linear_maps(model: nn.Module, patterns: Sequence[str]) -> list[str] | None:
-    """Names of the linear maps that match."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"nothing to move: pattern {pattern!r} matches no linear map; names look like {next(iter(names), '')!r}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)] or None
+        return self._settings  # the same blocks mean something else behind another factor
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from zolightning import kernels
 from zolightning.blocks import Block
-from zolightning.samplers.base import Direction
+from zolightning.samplers.base import Direction, Sampler
+from zolightning.spaces.factors import Factors
 from zolightning.spaces.interrupts import uninterrupted
 
 
@@ -54,15 +55,70 @@ class Space(ABC):
         for block in self.blocks:
             if not block.tensor.is_contiguous():
                 raise ValueError(f"block {block.name!r} is not contiguous in memory; call .contiguous() on it first")
+        self._places = [block.tensor.data_ptr() for block in self.blocks]
+        #: Keep the moves of low rank beside the weights, until :meth:`settle` or the end of their window; weight decay waits with them.
+        self.deferred = False
+        self._sampler: Sampler | None = None  # whose factors these are
+        self._factors: Factors | None = None
+
+    def prepare(self, sampler: Sampler, seed: int, step: int) -> None:
+        """Called before every step; the place for what a captured step cannot do.
+
+        Args:
+            sampler: Gives the step's directions.
+            seed: Seed of the run.
+            step: The coming step.
+        """
+        if sampler is not self._sampler:
+            self.settle(seed, step)
+            self._sampler, self._factors = sampler, Factors.of(sampler, self.blocks)
+        if self._factors is not None:
+            self._factors.follow(sampler, seed, step)
+
+    def settle(self, seed: int, step: int) -> None:
+        """Bring deferred moves into the weights; nothing to do where there are none.
+
+        Args:
+            seed: Seed of the run.
+            step: The coming step.
+        """
+        if self._factors is not None and self._sampler is not None and self.deferred:
+            with uninterrupted():
+                self._factors.settle(self._sampler, seed, step)
+
+    def factors(self, direction: Direction) -> Factors | None:
+        """What moves in low rank along a direction; ``None``: nothing does."""
+        self.prepare(direction.sampler, direction.seed, direction.step)
+        return self._factors
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether blocks move in low rank."""
+        return self._factors is not None
+
+    def fusable(self, directions: Sequence[Direction]) -> bool:
+        """Whether the fused kernels know everything that a step does with the blocks; see :meth:`zolightning.kernels.Pack.fusable`."""
+        factors = self.factors(directions[0])
+        if factors is not None:
+            return factors.fusable(directions)
+        return self.pack.fusable([[direction.noise(block) for block in self.blocks] for direction in directions])
 
     @cached_property
     def pack(self) -> kernels.Pack:
         """All blocks, for one pass over them."""
         return kernels.Pack([block.tensor for block in self.blocks], [block.id for block in self.blocks])
 
-    def settle(self) -> None:
+    def locate(self) -> None:
         """Take the blocks where they are now: between two runs a model may have been on another device. A new optimizer calls it."""
-        self.pack.settle()
+        places = [block.tensor.data_ptr() for block in self.blocks]
+        if places != self._places:
+            self._places = places
+            self._moved()
+
+    def _moved(self) -> None:
+        """Forget the addresses of all blocks."""
+        self.__dict__.pop("pack", None)
+        self._sampler = self._factors = None
 
     @property
     def numel(self) -> int:
@@ -114,6 +170,19 @@ class Space(ABC):
         """What a checkpoint has to agree on beside the blocks, since it decides what the same blocks mean. Nothing by default."""
         return {}
 
+    def active(self, clock: Tensor) -> Tensor | None:
+        """Which blocks move in a step, for spaces whose blocks take turns; ``None``: all of them, in every step.
+
+        It depends on the step alone, by device operations alone: a resumed run, a replica and a captured step find the same.
+
+        Args:
+            clock: Number of the step: 0-d int64, on :attr:`device`.
+
+        Returns:
+            1 for a block that moves, else 0: float32, shape ``[blocks]``.
+        """
+        return None
+
     def scratch(self, copies: int, hold: bool) -> int:
         """Bytes that a probe takes beside the weights.
 
@@ -148,6 +217,10 @@ class Space(ABC):
             valid: 0-d bool tensor; false leaves all weights as they are.
         """
         amounts = weights[:, None] * torch.stack([d.scales for d in directions])
+        if (factors := self.factors(directions[0])) is not None:
+            with uninterrupted():
+                factors.move(directions, amounts, shrink, valid, self.deferred)
+            return
         noises = [[direction.noise(block) for block in self.blocks] for direction in directions]
         with uninterrupted():
             self.pack.update(amounts, noises, shrink, valid, directions[0].clock)

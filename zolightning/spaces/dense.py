@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zolightning.blocks import Block, check_ids
 from zolightning.spaces.hosts import Owner
+from zolightning.spaces.origins import origin
 from zolightning.spaces.swapping import SwapSpace
 
 
@@ -44,7 +45,7 @@ class DenseSpace(SwapSpace):
         for pattern in (*include, *exclude):
             if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in first.values()):
                 raise ValueError(f"pattern {pattern!r} matches no parameter; names look like {next(iter(first.values()))[0]!r}")
-        chosen = [(key, Block(name, t)) for key, (name, t) in first.items() if _moves(name, t, include, exclude)]
+        chosen = [(key, Block(name, t, origin(model, name))) for key, (name, t) in first.items() if _moves(name, t, include, exclude)]
         if not chosen:
             frozen = sum(not t.requires_grad for _, t in first.values())
             raise ValueError(

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zolightning.blocks import Block
 from zolightning.kernels import Pack, rows
 from zolightning.samplers.base import Direction
+from zolightning.spaces.lazy import Source
+from zolightning.spaces.paired import linear_in_halves
 
+#: A larger matrix is made in pieces of at most half the size, in bytes.
+MATRIX_BYTES = 256 << 20
 #: A layer is perturbed as a whole, by one launch, up to this size in bytes; a larger one module by module.
 LAYER_BYTES = 128 << 20
 
@@ -49,11 +56,13 @@ class View:
         direction: The direction ``u``.
         amounts: Factor of each block's noise: scale times probe distance, ``[blocks]``.
         copies: 1, or 2 for both signs at once.
+        paths: Blocks that are not made at all, and what computes with them instead.
     """
 
     direction: Direction
     amounts: Tensor
     copies: int = 1
+    paths: Mapping[int, Source] = field(default_factory=dict)
 
 
 class Host:
@@ -70,11 +79,11 @@ class Host:
         self.path, self.module, self.owners = path, module, tuple(owners)
         self.indices = tuple(dict.fromkeys(owner.index for owner in owners))  # a block tied inside one host is drawn once
         self.blocks = {index: blocks[index] for index in self.indices}
+        self._packs: dict[frozenset[int], Pack] = {}  # by the blocks that are left out
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the blocks."""
-        return sum(block.numel * block.tensor.element_size() for block in self.blocks.values())
+    def nbytes(self, without: Container[int] = ()) -> int:
+        """Size of the blocks, without some."""
+        return sum(block.numel * block.tensor.element_size() for index, block in self.blocks.items() if index not in without)
 
     @cached_property
     def lazy(self) -> frozenset[int]:
@@ -83,40 +92,66 @@ class Host:
             return frozenset()
         return frozenset(owner.index for owner in self.owners if owner.leaf == "weight")
 
-    @cached_property
-    def _packs(self) -> dict[bool, Pack]:
-        """All blocks (true), or those that are not lazy (false), for one pass over them."""
-        return {whole: self._pack([i for i in self.indices if whole or i not in self.lazy]) for whole in (False, True)}
-
-    @cached_property
-    def _matrices(self) -> dict[int, Pack]:
-        return {index: self._pack([index]) for index in self.lazy}
-
-    def _pack(self, indices: Sequence[int]) -> Pack:
-        blocks = [self.blocks[index] for index in indices]
-        return Pack([block.tensor for block in blocks], [block.id for block in blocks], indices)
-
-    def settle(self) -> None:
-        """Find the blocks again if they were moved to other memory."""
-        for pack in (*self._packs.values(), *self._matrices.values()):
-            pack.settle()
-
     def materialise(self, view: View, whole: bool) -> dict[int, Tensor]:
-        """The perturbed blocks by number, each ``[copies, *shape]``; ``whole``: the lazy ones too."""
-        return self._pass(self._packs[whole], view) if self._packs[whole].tensors else {}
+        """The perturbed blocks by number, each ``[copies, *shape]``; ``whole``: the lazy ones too, but not those with a path."""
+        without = frozenset(view.paths) if whole else self.lazy.union(view.paths)
+        if without not in self._packs:
+            indices = [index for index in self.indices if index not in without]
+            self._packs[without] = Pack([self.blocks[i].tensor for i in indices], [self.blocks[i].id for i in indices], indices)
+        pack = self._packs[without]
+        return dict(zip(pack.slots, _pass(pack, self.blocks, view), strict=True)) if pack.tensors else {}
 
-    def matrix(self, index: int, view: View) -> Tensor:
-        """One perturbed block, ``[copies, *shape]``."""
-        return self._pass(self._matrices[index], view)[index]
 
-    def matrix_rows(self, index: int, view: View, ids: Tensor) -> Tensor:
-        """Rows of a perturbed matrix, ``[*ids.shape, H]``."""
-        block = self.blocks[index]
-        return rows(block.tensor, ids, view.amounts, index, view.direction.noise(block), view.direction.clock, view.copies)
+class Matrix:
+    r"""A matrix :math:`W \pm a z` that is made where it is read; see :class:`zolightning.spaces.lazy.Source`.
 
-    def _pass(self, pack: Pack, view: View) -> dict[int, Tensor]:
-        noises = [view.direction.noise(self.blocks[index]) for index in pack.slots]
-        return dict(zip(pack.slots, pack.materialise(view.amounts, noises, view.direction.clock, view.copies), strict=True))
+    Args:
+        index: Number of the block.
+        block: The block.
+        pieces: Its rows, cut so that each piece is small enough; see :func:`pieces`.
+        view: What is shown.
+    """
+
+    reading: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __init__(self, index: int, block: Block, pieces: Sequence[Pack], view: View) -> None:
+        self.copies = view.copies
+        self._index, self._block, self._pieces, self._view = index, block, pieces, view
+
+    def rows(self, ids: Tensor) -> Tensor:
+        view, noise = self._view, self._view.direction.noise(self._block)
+        with self.reading():
+            return rows(self._block.tensor, ids, view.amounts, self._index, noise, view.direction.clock, view.copies)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        parts, first = [], 0
+        for pack in self._pieces:
+            made = self._make(pack)
+            own = bias[..., first : first + made.shape[1]] if bias is not None else None
+            parts.append(F.linear(x, made[0], own) if self.copies == 1 else linear_in_halves(x, made, own))
+            first += made.shape[1]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def whole(self) -> Tensor:
+        return torch.cat([self._make(pack)[0] for pack in self._pieces])
+
+    def _make(self, pack: Pack) -> Tensor:
+        with self.reading():
+            return _pass(pack, {self._index: self._block}, self._view)[0]
+
+
+def pieces(index: int, block: Block) -> list[Pack]:
+    """A matrix cut into rows, of at most half of :data:`MATRIX_BYTES` if it is larger than that, for passes over one after another."""
+    height, nbytes = block.tensor.shape[0], block.numel * block.tensor.element_size()
+    rows_each = height if nbytes <= MATRIX_BYTES else max(8, (MATRIX_BYTES // 2) * height // nbytes // 8 * 8)  # noise comes in eights
+    starts = range(0, height, rows_each)
+    width = block.numel // max(height, 1)
+    return [Pack([block.tensor[s : s + rows_each]], [block.id], [index], [s * width]) for s in starts]
+
+
+def _pass(pack: Pack, blocks: Mapping[int, Block], view: View) -> list[Tensor]:
+    noises = [view.direction.noise(blocks[index]) for index in pack.slots]
+    return pack.materialise(view.amounts, noises, view.direction.clock, view.copies)
 
 
 def layer_paths(model: nn.Module) -> list[str]:

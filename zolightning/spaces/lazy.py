@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zolightning.spaces.paired import linear_in_halves
+
+class Source(Protocol):
+    """What computes with a perturbed matrix, ``[N, H]``. The first half of what two copies get meets ``W + a z``, the other minus."""
+
+    copies: int
+    #: Context in which it reads the weights.
+    reading: Callable[[], AbstractContextManager[Any]]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows with some ids, ``[*ids.shape, H]``."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear map of ``x`` (``[..., H]``): ``[..., N]``; ``bias`` is ``[N]``, or ``[copies, N]``."""
+
+    def whole(self) -> Tensor:
+        """The matrix of the first copy."""
 
 
 class LazyWeight(Tensor):
     r"""Stands for the matrix :math:`W \pm a z` of an embedding or a linear map without holding it.
 
-    An embedding makes the rows that are looked up; a linear map makes the whole matrix for the time of one product. With two
-    copies the first half of the input (along its first dimension) meets :math:`W + a z`, the second :math:`W - a z`.
+    An embedding makes the rows that are looked up; a linear map is computed by the source as it can. With two copies the first half
+    of the input (along its first dimension) meets :math:`W + a z`, the second :math:`W - a z`.
     """
 
-    copies: int
-    _make: Callable[[Tensor | None], Tensor]
+    source: Source
 
     _HARMLESS: ClassVar[frozenset[str]] = frozenset({"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_leaf"})
 
     @staticmethod
-    def of(weight: Tensor, copies: int, make: Callable[[Tensor | None], Tensor]) -> LazyWeight:
+    def of(weight: Tensor, source: Source) -> LazyWeight:
         """Make one.
 
         Args:
             weight: The matrix ``W``, for its shape and type.
-            copies: 1, or 2 for both signs.
-            make: Gives the rows of the perturbed matrix with some ids, ``[*ids.shape, H]`` (see :func:`zolightning.kernels.rows`);
-                without ids the whole, ``[copies, *W.shape]``.
+            source: Computes with the perturbed one.
         """
         lazy: LazyWeight = Tensor._make_subclass(LazyWeight, weight.detach())
-        lazy.copies, lazy._make = copies, make
+        lazy.source = source
         return lazy
 
     def whole(self) -> Tensor:
@@ -44,9 +57,9 @@ class LazyWeight(Tensor):
         Raises:
             NotImplementedError: It stands for two copies.
         """
-        if self.copies != 1:
+        if self.source.copies != 1:
             raise NotImplementedError("both signs at once are known for embeddings and linear maps alone")
-        return self._make(None)[0]
+        return self.source.whole()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
@@ -55,16 +68,11 @@ class LazyWeight(Tensor):
             if getattr(func, "__name__", "") == "__get__" and getattr(func, "__self__", None) in _GETTERS:
                 return func(*args, **kwargs)
             if func is F.embedding and isinstance(args[1], cls) and not isinstance(args[0], cls):
-                return args[1]._make(args[0])
+                return args[1].source.rows(args[0])
             if func is F.linear and isinstance(args[1], cls) and not isinstance(args[0], cls):
-                return _linear(args[1], args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+                return args[1].source.linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
             plain = [part.whole() if isinstance(part, cls) else part for part in args]
             return func(*plain, **{name: part.whole() if isinstance(part, cls) else part for name, part in kwargs.items()})
 
 
 _GETTERS = tuple(getattr(Tensor, name) for name in LazyWeight._HARMLESS)
-
-
-def _linear(weight: LazyWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    matrices = weight._make(None)
-    return F.linear(x, matrices[0], bias) if weight.copies == 1 else linear_in_halves(x, matrices, bias)

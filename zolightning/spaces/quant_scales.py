@@ -15,6 +15,8 @@ from zolightning.samplers.base import Direction
 from zolightning.spaces.base import SetupReport
 from zolightning.spaces.hosts import Owner
 from zolightning.spaces.interrupts import uninterrupted
+from zolightning.spaces.origins import beside
+from zolightning.spaces.packed import scales_of
 from zolightning.spaces.swapping import SwapSpace
 
 
@@ -44,7 +46,7 @@ class QuantScaleSpace(SwapSpace):
     """
 
     def __init__(self, model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
-        holders = {path: (module, *found) for path, module in model.named_modules() if (found := _scales(module)) is not None}
+        holders = {path: (module, *found) for path, module in model.named_modules() if (found := scales_of(module)) is not None}
         if not holders:
             raise ValueError("a QuantScaleSpace needs a quantised model: set quantization to nf4, fp4 or int8")
         for pattern in (*include, *exclude):
@@ -58,7 +60,7 @@ class QuantScaleSpace(SwapSpace):
             if leaf == "absmax":
                 _settle(holder)
             # Not bitsandbytes' own names: its int8 layers refuse a checkpoint that has theirs.
-            blocks.append(Block(f"{path}.scales", vars(holder)[leaf]))
+            blocks.append(Block(f"{path}.scales", vars(holder)[leaf], beside(model, path, module)))
             owners.append(Owner(index, path, module, leaf, holder))
         check_ids(block.name for block in blocks)
         super().__init__(model, blocks, owners)
@@ -87,17 +89,6 @@ class QuantScaleSpace(SwapSpace):
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _scales(module: nn.Module) -> tuple[Any, str] | None:
-    """The object that holds the scales of a module's packed weight, and under which name."""
-    state = getattr(module._parameters.get("weight"), "quant_state", None)
-    if state is not None:
-        return state, "absmax"
-    weight, state = module._parameters.get("weight"), getattr(module, "state", None)
-    if weight is not None and weight.dtype == torch.int8 and getattr(state, "SCB", None) is not None:
-        return state, "SCB"
-    return None
 
 
 def _settle(state: Any) -> None:

@@ -23,9 +23,11 @@ def resolvable_eps(blocks: Sequence[Block], scales: Tensor) -> float:
     """
     needed, sizes = [], []
     for block, scale in zip(blocks, scales.tolist(), strict=True):
+        if not scale:  # it does not move
+            continue
         typical = block.tensor.detach().abs().float().median()
         spacing = torch.finfo(block.dtype).eps * 2.0 ** torch.floor(torch.log2(typical.clamp_min(torch.finfo(block.dtype).tiny)))
-        needed.append(float(spacing) / 2 / _MEDIAN_NORMAL / max(scale, 1e-12))
+        needed.append(float(spacing) / 2 / _MEDIAN_NORMAL / scale)
         sizes.append(block.numel)
     half, total = sum(sizes) / 2, 0
     for value, size in sorted(zip(needed, sizes, strict=True)):

@@ -15,7 +15,7 @@ from zolightning import kernels
 from zolightning.blocks import Block
 from zolightning.samplers.base import Direction
 from zolightning.spaces.base import SetupReport, Space
-from zolightning.spaces.hosts import LAYER_BYTES, Host, Owner, View, layer_paths
+from zolightning.spaces.hosts import LAYER_BYTES, Host, Matrix, Owner, View, layer_paths, pieces
 from zolightning.spaces.interrupts import uninterrupted
 from zolightning.spaces.lazy import LazyWeight
 from zolightning.spaces.paired import pair, pairable, unpair
@@ -43,12 +43,13 @@ class SwapSpace(Space):
         self._raised: dict[str, int] = {}  # blocks that leaked: how many places further up they are swapped
         self._hosts = self._place()
         self._everything = Host("", model, self._owners, self.blocks)
+        self._pieces: dict[int, list[kernels.Pack]] = {}
         self._handles: list[RemovableHandle] = []
         self._watch: ProbeWatch | None = None
 
     @contextmanager
     def probe(self, direction: Direction, distance: float, hold: bool = False) -> Iterator[None]:
-        view = View(direction, direction.scales.to(self.compute_dtype) * distance)
+        view = self._view(direction, distance, 1)
         self.restore()  # nothing to do, unless interrupts came so fast that the last probe could not
         try:
             if hold:
@@ -72,27 +73,34 @@ class SwapSpace(Space):
 
     @contextmanager
     def pair(self, direction: Direction, distance: float) -> Iterator[None]:
-        view = View(direction, direction.scales.to(self.compute_dtype) * distance, copies=2)
+        view = self._view(direction, distance, 2)
         self.restore()
         try:
             with uninterrupted():
-                pair(owner.module for host in self._hosts if not host.lazy for owner in host.owners)
+                lazy = {id(owner.module) for host in self._hosts for owner in host.owners if owner.index in host.lazy.union(view.paths)}
+                pair(owner.module for owner in self._owners if id(owner.module) not in lazy)
                 self._hook(view)
             yield
         finally:
             with uninterrupted():
                 self.restore()
 
+    def _view(self, direction: Direction, distance: float, copies: int) -> View:
+        amounts, factors = direction.scales.to(self.compute_dtype) * distance, self.factors(direction)
+        return View(direction, amounts, copies, factors.paths(direction, amounts, copies) if factors is not None else {})
+
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated layers that are perturbed as a whole."""
+        if self.has_factors:  # compilers do not know a weight that is not one
+            return []
         paths = set(layer_paths(self.model))
         return [host.module for host in self._hosts if host.path in paths]
 
-    def settle(self) -> None:
-        super().settle()
-        for host in (*self._hosts, self._everything):
-            host.settle()
+    def _moved(self) -> None:
+        super()._moved()
+        self._hosts, self._everything = self._place(), Host("", self.model, self._owners, self.blocks)
+        self._pieces.clear()
 
     def restore(self) -> None:
         """Take all hooks away and put the weights back into their modules; harmless where there is nothing to do."""
@@ -102,7 +110,8 @@ class SwapSpace(Space):
         unpair(owner.module for owner in self._owners)
 
     def scratch(self, copies: int, hold: bool) -> int:
-        sizes = [host.nbytes for host in self._hosts]
+        small = self._factors.indices if self._factors is not None else ()
+        sizes = [host.nbytes(small) for host in self._hosts]
         return copies * (sum(sizes) if hold else max(sizes))
 
     def _place(self) -> list[Host]:
@@ -134,19 +143,24 @@ class SwapSpace(Space):
                 fresh = {index: tensor.clone() for index, tensor in fresh.items()}
             for owner in host.owners:
                 if owner.index not in fresh:
-                    fresh[owner.index] = self._lazy(host, owner.index, view)
+                    fresh[owner.index] = self._lazy(owner.index, view)
                 elif self._watch:
                     self._watch.expect(self.blocks[owner.index].name, fresh[owner.index])
                 owner.slots[owner.leaf] = fresh[owner.index]
 
-    def _lazy(self, host: Host, index: int, view: View) -> LazyWeight:
-        def make(ids: Tensor | None = None) -> Tensor:
-            if self._watch:
-                self._watch.read.add(self.blocks[index].name)
-            with self._unseen():
-                return host.matrix(index, view) if ids is None else host.matrix_rows(index, view, ids)
+    def _lazy(self, index: int, view: View) -> LazyWeight:
+        block, source = self.blocks[index], view.paths.get(index)
+        if source is None:
+            if index not in self._pieces:
+                self._pieces[index] = pieces(index, block)
+            source = Matrix(index, block, self._pieces[index], view)
+        source.reading = partial(self._reading, block.name)
+        return LazyWeight.of(block.tensor, source)
 
-        return LazyWeight.of(self.blocks[index].tensor, view.copies, make)
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        if self._watch:
+            self._watch.read.add(name)
+        return self._unseen()
 
     def _unseen(self) -> AbstractContextManager[None]:
         """What happens inside is the space's own doing."""
@@ -200,7 +214,7 @@ class SwapSpace(Space):
             changed, total = changed + share * block.numel, total + block.numel
             if share < 0.5:
                 report.unresolved.append(block.name)
-        report.resolved = changed / max(total, 1)
+        report.resolved = changed / total if total else 1.0
         if report.resolved < 0.5:
             dtype = str(self.blocks[0].dtype).removeprefix("torch.")
             enough = resolvable_eps(self.blocks, direction.scales)

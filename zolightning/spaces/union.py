@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zolightning.blocks import check_ids
-from zolightning.samplers.base import Direction
+from zolightning.samplers.base import Direction, Sampler
 from zolightning.spaces.base import SetupReport, Space
 from zolightning.spaces.interrupts import uninterrupted
 
@@ -50,6 +51,23 @@ class UnionSpace(Space):
         scales = direction.scales.split([len(space.blocks) for space in self.spaces])
         return [(space, replace(direction, scales=part)) for space, part in zip(self.spaces, scales, strict=True)]
 
+    def prepare(self, sampler: Sampler, seed: int, step: int) -> None:
+        for space in self.spaces:
+            space.deferred = self.deferred
+            space.prepare(sampler, seed, step)
+
+    def settle(self, seed: int, step: int) -> None:
+        for space in self.spaces:
+            space.settle(seed, step)
+
+    @property
+    def has_factors(self) -> bool:
+        return any(space.has_factors for space in self.spaces)
+
+    def fusable(self, directions: Sequence[Direction]) -> bool:
+        parts = zip(*(self._parts(direction) for direction in directions), strict=True)
+        return all(part[0][0].fusable([direction for _, direction in part]) for part in parts)
+
     @contextmanager
     def probe(self, direction: Direction, distance: float, hold: bool = False) -> Iterator[None]:
         with ExitStack() as stack:
@@ -70,16 +88,23 @@ class UnionSpace(Space):
 
     @property
     def layers(self) -> list[nn.Module]:
-        return list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
+        return [] if self.has_factors else list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
 
     @property
     def settings(self) -> dict[str, Any]:
         return {name: value for space in self.spaces for name, value in space.settings.items()}
 
-    def settle(self) -> None:
-        super().settle()
+    def locate(self) -> None:
+        super().locate()
         for space in self.spaces:
-            space.settle()
+            space.locate()
+
+    def active(self, clock: Tensor) -> Tensor | None:
+        parts = [space.active(clock) for space in self.spaces]
+        if all(part is None for part in parts):
+            return None
+        every = [torch.ones(len(space.blocks), device=clock.device) for space in self.spaces]
+        return torch.cat([own if part is None else part for own, part in zip(every, parts, strict=True)])
 
     def scratch(self, copies: int, hold: bool) -> int:
         return sum(space.scratch(copies, hold) for space in self.spaces)
