@@ -30,7 +30,7 @@ class QuantScaleSpace(SwapSpace):
     Scales that are quantised themselves (double quantisation) become float32 when the space is made: 3 bytes more for 64 weights.
 
     Args:
-        model: A network with linear maps of bitsandbytes, in evaluation mode, on the device where it stays.
+        model: A network with linear maps of bitsandbytes, in evaluation mode.
         include: Shell patterns over the names of linear maps; only matching ones move. Empty: all.
         exclude: Shell patterns; matching ones do not move.
 
