@@ -108,6 +108,8 @@ def test_files_that_are_quantised_already(tiny_folder: str, tmp_path: Path, kind
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
     assert packed_bits(load_model(str(tmp_path), "bfloat16", **KINDS[kind])) == packed_bits(ours)
+    plain.save_pretrained(tmp_path / "again")
+    assert packed_bits(load_model(str(tmp_path / "again"), "bfloat16")) == packed_bits(ours)
     other = "nf4" if kind == "int8" else "int8"
     shown = kind.replace("nf4 double", "nf4 with quantised scales")
     with pytest.raises(ValueError, match=f"^'.*' is quantised already, as {shown}: quantization={other} needs files that are not$"):

@@ -97,6 +97,8 @@ def load_model(
         raise ValueError(f"{pretrained!r} is no trained causal language model: it has no weights for {missing!r}")
     if packing is None:
         return model.to(device).eval()
+    if stored is not None:
+        _forget_reading(model)
     settle(model, getattr(torch, dtype))
     return model.eval()
 
@@ -176,6 +178,13 @@ def _need_bitsandbytes(who: str) -> None:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{who} needs bitsandbytes: pip install zolightning[quant]") from error
+
+
+def _forget_reading(model: Any) -> None:
+    """Let a model that was read packed be saved: transformers would turn round what it did then, and has no way to; none is needed."""
+    done = getattr(model, "_weight_conversions", None) or []
+    packing = "transformers.integrations.bitsandbytes"
+    model._weight_conversions = [c for c in done if all(type(op).__module__ != packing for op in getattr(c, "operations", None) or [])]
 
 
 def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
