@@ -81,7 +81,7 @@ class RunJournal(Callback):
             print(f"journal      steps {self._start} to {journal.steps} are taken from it, without forwards", flush=True)
             if optimizer.param_groups[0]["form"] is None:
                 optimizer.param_groups[0]["form"] = entries[-1].settings.form
-            optimizer.repeat((entry.row for entry in entries), journal.settles)
+            optimizer.repeat((entry.row for entry in entries), journal.looks)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write at log lines; repeat a return that the journal has."""
@@ -89,7 +89,7 @@ class RunJournal(Callback):
             return
         if self._backs and self._backs[0].step == trainer.global_step:
             self._go_back(pl_module, self._backs.popleft())
-        if pl_module.zo_optimizer.must_settle:
+        if trainer.global_step in pl_module.zo_optimizer.looks.recorded:
             pl_module.zo_optimizer.settle()
         if not self.recorder.opened or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.recorder.drain()
@@ -119,10 +119,10 @@ class RunJournal(Callback):
         module.reload_base()
         check_weights(journal, module.space.blocks)
         optimizer = module.zo_optimizer
-        entries, settled = journal.surviving(back.step), journal.settled(back.step)
-        move_all(module.space, entries, settled, back.step, lambda settings: (optimizer.sampler, optimizer.rule))
+        entries, looks = journal.surviving(back.step), journal.surviving_looks(back.step)
+        move_all(module.space, entries, looks, back.step, lambda settings: (optimizer.sampler, optimizer.rule))
         if optimizer.deferred and not optimizer.repeating:
-            self.recorder.settle(back.step)
+            self.recorder.look(back.step)
         module.scale_lr(back.factor)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from zolightning.journal.file import START, Back, Frame, Place, Settle, frames
+from zolightning.journal.file import START, Back, Frame, Look, Place, frames
 from zolightning.journal.settings import Settings
 from zolightning.optim.history import Row
 
@@ -27,7 +27,7 @@ class Journal:
         path: The file.
         entries: All steps, in order, without a gap.
         backs: All returns to earlier weights, in order.
-        settles: Steps at which somebody looked at the weights, so that deferred moves were brought into them.
+        looks: Steps at which somebody looked at the weights, so that deferred moves were brought into them.
         torn: Bytes at the end that were not written whole.
         forwards: Loss evaluations of the run.
         all_settings: Those that it begins with, and each that follows.
@@ -36,7 +36,7 @@ class Journal:
     path: Path
     entries: list[Entry] = field(default_factory=list)
     backs: list[Back] = field(default_factory=list)
-    settles: list[int] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
     torn: int = 0
     forwards: int = 0
     all_settings: list[Settings] = field(default_factory=list)
@@ -86,11 +86,11 @@ class Journal:
         """
         return surviving(self.entries, self.backs, self.steps if until is None else until)
 
-    def settled(self, until: int | None = None) -> list[int]:
-        """Those of :attr:`settles` that belong to :meth:`surviving`."""
+    def surviving_looks(self, until: int | None = None) -> list[int]:
+        """Those of :attr:`looks` that belong to :meth:`surviving`."""
         until = self.steps if until is None else until
         lost = [range(back.to + 1, back.step) for back in self.backs if back.step <= until]
-        return [step for step in self.settles if step <= until and not any(step in part for part in lost)]
+        return [step for step in self.looks if step <= until and not any(step in part for part in lost)]
 
     def add(self, frame: Frame) -> None:
         """Take over the next frame.
@@ -107,10 +107,10 @@ class Journal:
             if content.step != self.steps or content.to < self.first.start:
                 raise ValueError(f"it goes back from step {content.step} to {content.to}, but stands at {self.steps}")
             self.backs.append(content)
-        elif isinstance(content, Settle):
+        elif isinstance(content, Look):
             if content.step != self.steps:
                 raise ValueError(f"it looks at the weights of step {content.step}, but stands at {self.steps}")
-            self.settles.append(content.step)
+            self.looks.append(content.step)
         else:
             if content[0].step != self.steps:
                 raise ValueError(f"step {content[0].step} follows on {self.steps} steps")

@@ -30,7 +30,7 @@ from zolightning.optim.history import Row
 FILE_NAME = "journal.zo"
 MAGIC = b"ZOJOURN1"
 _HEAD, _SUM = struct.Struct("<BII"), struct.Struct("<I")
-_ROWS, _BACK, _SETTLE = struct.Struct("<IIQ"), struct.Struct("<IId"), struct.Struct("<I")
+_ROWS, _BACK, _LOOK = struct.Struct("<IIQ"), struct.Struct("<IId"), struct.Struct("<I")
 _VALID, _SCALES = 1, 2
 _LARGEST = 1 << 30  # bytes of a frame
 
@@ -64,8 +64,8 @@ class Back(NamedTuple):
     factor: float
 
 
-class Settle(NamedTuple):
-    """Deferred moves were brought into the weights.
+class Look(NamedTuple):
+    """Somebody looked at the weights, so that deferred moves were brought into them.
 
     Args:
         step: Steps that had been taken.
@@ -77,7 +77,7 @@ class Settle(NamedTuple):
 class Frame(NamedTuple):
     """What one frame says, and the place behind it; ``forwards`` before its rows."""
 
-    content: Settings | tuple[Row, ...] | Back | Settle
+    content: Settings | tuple[Row, ...] | Back | Look
     end: Place
     forwards: int = 0
 
@@ -156,7 +156,7 @@ def frames(file: BinaryIO, size: int) -> Iterator[Frame]:
                 return
             raise ValueError(f"it is damaged at byte {at:,}")
         at, before, forwards = file.tell(), checksum, 0
-        content: Settings | tuple[Row, ...] | Back | Settle
+        content: Settings | tuple[Row, ...] | Back | Look
         if kind == ord("S"):
             content = settings = Settings.from_bytes(payload)
             scales = None
@@ -169,8 +169,8 @@ def frames(file: BinaryIO, size: int) -> Iterator[Frame]:
             content = Back(*_BACK.unpack(payload))
             if not (content.to <= content.step and 0 < content.factor < math.inf):
                 raise ValueError("it goes back to a later step")
-        elif kind == ord("L") and len(payload) == _SETTLE.size:
-            content = Settle(*_SETTLE.unpack(payload))
+        elif kind == ord("L") and len(payload) == _LOOK.size:
+            content = Look(*_LOOK.unpack(payload))
         else:
             raise ValueError(f"it holds a frame of kind {kind}, which this version does not know")
         yield Frame(content, Place(at, checksum), forwards)
@@ -287,6 +287,6 @@ def pack_back(back: Back) -> bytes:
     return _BACK.pack(*back)
 
 
-def pack_settle(step: int) -> bytes:
+def pack_look(step: int) -> bytes:
     """The content of a frame that looks."""
-    return _SETTLE.pack(step)
+    return _LOOK.pack(step)

@@ -84,7 +84,7 @@ def rebuild(contents: Journal, blocks: Sequence[Block], until_step: int | None, 
     entries, known = contents.surviving(until), tools(sampler, rule)
     for entry in entries:
         known(entry.settings)  # refuse before anything moves
-    move_all(Moved(nn.Module(), blocks), entries, contents.settled(until), until, known)
+    move_all(Moved(nn.Module(), blocks), entries, contents.surviving_looks(until), until, known)
     return until
 
 
@@ -165,17 +165,17 @@ def move(space: Space, entry: Entry, sampler: Sampler, rule: Rule) -> None:
         space.move(directions, weights, shrink, torch.ones((), dtype=torch.bool, device=space.device))
 
 
-def move_all(space: Space, entries: Sequence[Entry], settled: Sequence[int], until: int, of: Tools) -> None:
+def move_all(space: Space, entries: Sequence[Entry], looks: Sequence[int], until: int, of: Tools) -> None:
     """Repeat the moves of steps.
 
     Args:
         space: What moves.
         entries: The steps.
-        settled: Steps at which deferred moves were brought into the weights, in order.
+        looks: Steps at which somebody looked at the weights, in order.
         until: Where the weights then stand.
         of: What draws noise and makes moves.
     """
-    marks = deque(settled)
+    marks = deque(looks)
     for entry in entries:
         while marks and marks[0] <= entry.row.step:
             space.settle(entry.settings.seed, marks.popleft())

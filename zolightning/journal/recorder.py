@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from zolightning.journal.contents import Journal
-from zolightning.journal.file import Appender, Back, Place, pack_back, pack_rows, pack_settle
+from zolightning.journal.file import Appender, Back, Place, pack_back, pack_look, pack_rows
 from zolightning.journal.settings import Settings, settings_of
 from zolightning.optim.history import Row
 from zolightning.optim.optimizer import ZOOptimizer
@@ -74,7 +74,7 @@ class Recorder:
             self.losses = [mean_loss(entry.row) for entry in kept if entry.row.step >= since]
         optimizer.history.restart(optimizer.steps)
         optimizer.history.sink = self._take
-        optimizer.on_settle = self.settle
+        optimizer.looks.sink = self.look
 
     @property
     def beginning(self) -> int:
@@ -105,15 +105,15 @@ class Recorder:
         self.returns += 1
         self._append((b"B", pack_back(back)))
 
-    def settle(self, step: int) -> None:
-        """Write down that deferred moves were brought into the weights.
+    def look(self, step: int) -> None:
+        """Write down that somebody looked at the weights, so that deferred moves were brought into them.
 
         Raises:
             OSError: The disk is full, or gone.
         """
         self.drain()
         if self.opened:
-            self._append((b"L", pack_settle(step)))
+            self._append((b"L", pack_look(step)))
 
     def sync(self) -> None:
         """Wait until the disk has what was written."""
@@ -122,7 +122,7 @@ class Recorder:
 
     def close(self) -> None:
         """Let go of the file; later steps are not written."""
-        self.optimizer.history.sink = self.optimizer.on_settle = None
+        self.optimizer.history.sink = self.optimizer.looks.sink = None
         if self._appender is not None:
             self._appender.close()
             self._appender = None

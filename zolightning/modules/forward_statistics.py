@@ -26,7 +26,7 @@ from torch import Tensor
 from zolightning.modules.statistics import BlockStatistics
 from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch
-from zolightning.optim.optimizer import exact_float32
+from zolightning.optim.precision import exact_float32
 from zolightning.policies.layout import BlockInfo, depths
 from zolightning.samplers.base import Direction, Sampler
 from zolightning.spaces import Space

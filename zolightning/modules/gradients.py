@@ -31,7 +31,7 @@ from zolightning.modules.checkpointing import checkpointed
 from zolightning.modules.gradient import DenseGradient, Gradient, Scaling, SumGradient
 from zolightning.modules.shift import Shift
 from zolightning.modules.swap import Swap
-from zolightning.optim.optimizer import exact_float32
+from zolightning.optim.precision import exact_float32
 from zolightning.samplers.base import Direction
 from zolightning.spaces import Space
 

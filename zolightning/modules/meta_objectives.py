@@ -18,7 +18,7 @@ from zolightning.modules.shift import Shift
 from zolightning.modules.statistics import BlockStatistics, collect_statistics, expected_decrease, mean_statistics
 from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch
-from zolightning.optim.optimizer import exact_float32
+from zolightning.optim.precision import exact_float32
 from zolightning.policies import BlockInfo, Table
 from zolightning.policies.controls import closed_form
 from zolightning.samplers.base import Direction, Sampler

@@ -20,7 +20,7 @@ from zolightning.modules.readers import SquaredNorms
 from zolightning.modules.shift import owned_blocks
 from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch, split
-from zolightning.optim.optimizer import exact_float32
+from zolightning.optim.precision import exact_float32
 from zolightning.spaces import Space
 
 log = logging.getLogger("zolightning")

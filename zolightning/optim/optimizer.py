@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,16 +17,17 @@ from zolightning.estimators.two_point import TwoPoint
 from zolightning.objectives.base import BoundObjective
 from zolightning.optim.graphs import StepGraphs
 from zolightning.optim.history import History, Row
-from zolightning.optim.probing import Form, choose_form, loss_of, probe_losses
+from zolightning.optim.looks import Looks
+from zolightning.optim.precision import exact_float32
+from zolightning.optim.probing import Form, choose_form, probe_losses
 from zolightning.optim.replicas import Replicas
 from zolightning.optim.rules import SGD, Rule
 from zolightning.optim.skips import SkippedSteps
+from zolightning.optim.verification import verify
 from zolightning.samplers.base import Direction, Sampler
 from zolightning.samplers.gaussian import GaussianSampler
 from zolightning.spaces.base import SetupReport, Space
 from zolightning.spaces.interrupts import uninterrupted
-
-log = logging.getLogger("zolightning")
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -107,8 +107,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.coefficients: Tensor | None = None
         #: Other processes that share the evaluation of every step; ``None``: this one alone. Set it before the first step.
         self.replicas: Replicas | None = None
-        #: Called with the number of steps after deferred moves were brought into the weights at that point.
-        self.on_settle: Callable[[int], None] | None = None
+        #: The looks that somebody takes at weights whose moves are deferred.
+        self.looks = Looks()
         self._wanted = {"pair": pair, "capture": capture, "compile": compile}  # in the order of Form
         defaults = {"lr": lr, "base_lr": lr, "eps": eps, "seed": seed, "step": 0, "forwards": 0, "form": None}
         super().__init__([block.tensor for block in space.blocks], defaults)
@@ -122,8 +122,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         probes, constant = len(self.estimator.probes), self.sampler.constant_scales and space.active(self._clock) is None
         #: What the latest steps did.
         self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
-        self._settled = 0  # step at which no move was waiting
-        self._settles: frozenset[int] = frozenset()  # where recorded steps have a look at the weights
         self._recorded: deque[Row] = deque()  # coming steps whose losses are known
 
     @property
@@ -155,24 +153,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Bring deferred moves into the weights.
 
         Raises:
-            RuntimeError: It repeats steps that were made otherwise.
+            RuntimeError: It repeats steps that were made without such a look at the weights.
         """
-        if not self.deferred or self._settled == self.steps:
-            return
-        if self.repeating and self.steps not in self._settles:
-            raise RuntimeError(
-                f"the recorded steps were made without a look at the weights of step {self.steps}: resume with the old intervals of "
-                "validation and checkpoints, or from the checkpoint alone"
-            )
-        self.space.settle(self.param_groups[0]["seed"], self.steps)
-        self._settled = self.steps
-        if self.on_settle is not None and self.steps not in self._settles:
-            self.on_settle(self.steps)
-
-    @property
-    def must_settle(self) -> bool:
-        """Whether the steps of :meth:`repeat` have a look at the weights here."""
-        return self.steps in self._settles
+        if self.deferred:
+            self.looks.take(self.space, self.param_groups[0]["seed"], self.steps, self.repeating)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the space decides what moves.
@@ -266,14 +250,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._skipped.count(valid)
         self._clock.add_(1)
 
-    def repeat(self, rows: Iterable[Row], settles: Iterable[int] = ()) -> None:
+    def repeat(self, rows: Iterable[Row], looks: Iterable[int] = ()) -> None:
         """Take the coming steps as a record has them, instead of evaluating losses; :meth:`step` then does not look at its closure.
 
         The weights, the sampler and all counts end as they did when the record was made.
 
         Args:
             rows: The coming steps, in order; the first is the one of :attr:`steps`.
-            settles: Steps at which :meth:`settle` was called.
+            looks: Steps at which :meth:`settle` was called.
 
         Raises:
             ValueError: They are other steps.
@@ -281,7 +265,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         rows = tuple(rows)
         if [row.step for row in rows] != list(range(self.steps, self.steps + len(rows))):
             raise ValueError(f"the recorded steps do not go on from step {self.steps}")
-        self._recorded, self._settles = deque(rows), frozenset(settles)
+        self._recorded, self.looks.recorded = deque(rows), frozenset(looks)
 
     @property
     def repeating(self) -> bool:
@@ -326,7 +310,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         direction = self._directions()[0]
         own = work if self.replicas is None else self.replicas.own(work)
-        self.setup_report = self._verify(own, direction, eps)
+        self.setup_report = verify(self.space, own, direction, eps, fresh=self.steps == 0)
         chosen = (self._form.paired, self._form.captured, self._form.compiled)
         kept = group["form"] is not None and self._form.device == self.space.device.type
         if not kept or any(want not in (None, choice) for want, choice in zip(self._wanted.values(), chosen, strict=True)):
@@ -352,18 +336,6 @@ class ZOOptimizer(torch.optim.Optimizer):
             return "" if self._graphs.rehearse(bound) else "something in the step waits for the device"
         finally:
             group["form"] = None
-
-    def _verify(self, work: Callable[[], Any], direction: Direction, eps: float) -> SetupReport:
-        hold = bool(getattr(work, "hold", False))
-        report = self.space.verify(lambda: loss_of(work, self.space), direction, eps, hold)
-        if not math.isfinite(report.loss) and self.steps == 0:  # a resumed run skips such a step, as it would have before
-            dtype = str(self.space.blocks[0].dtype).removeprefix("torch.")
-            raise ValueError(f"the loss at the set-up probe is {report.loss}: the model overflows in {dtype}, or eps={eps:g} is too large")
-        if report.unread:
-            log.warning("%d blocks were not read by the first probe, for example %r", len(report.unread), report.unread[0])
-        if report.unresolved:
-            log.info("%d blocks barely change at eps=%g, for example %r", len(report.unresolved), eps, report.unresolved[0])
-        return report
 
     def _stop_if_hopeless(self) -> None:
         found = self._skipped.too_many(self.steps)
@@ -395,21 +367,5 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.sampler.load_state(state["sampler"])
         super().load_state_dict({**state_dict, "state": {}})
         self.history.restart(self.steps)
-        self._settled = self.steps
+        self.looks.latest = self.steps
         self._skipped.counts.copy_(state["skipped"])
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Switch TF32 off: differences of two losses are too small for it."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul: Any = torch.backends.cuda.matmul
-    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = matmul.fp32_precision, convolution.fp32_precision
-    matmul.fp32_precision = convolution.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision, convolution.fp32_precision = before
