@@ -67,7 +67,7 @@ class TestOneLaunch:
         """Rows of a matrix draw the noise of their place in it, for any purpose."""
         whole, yes = torch.randn(24, 100).to(dtypes[0]).to(DEVICE), torch.tensor(True, device=DEVICE)
         parts = [whole.clone()[rows] for rows in (slice(0, 8), slice(8, 24))]
-        noise = kind(Key(9, 100, 4), Purpose.BASIS)
+        noise = kind(Key(9, 100, 4), purpose=Purpose.BASIS)
         for devices in (pack.FUSED_DEVICES, set()):
             monkeypatch.setattr(pack, "FUSED_DEVICES", devices)
             cut = Pack(parts, [100, 100], [0, 0], [0, 800])
