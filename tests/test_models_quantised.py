@@ -60,6 +60,20 @@ def test_forwards_change_nothing(tiny_folder: str, kind: str, dtype: str) -> Non
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
 
 
+def test_the_state_of_int8_layers_travels(tiny_folder: str) -> None:
+    """bitsandbytes would hold the weight of the old device too; here the weights get other memory, as they do on another device."""
+    model = quantised(tiny_folder, "int8")
+    layer = model.model.layers[0].mlp.up_proj
+    scales, before = layer.state.SCB, (packed_bits(model), scale_bits(model))
+    old = layer.weight.data_ptr()
+    model._apply(lambda tensor: tensor.clone())
+    assert layer.state.CB.data_ptr() == layer.weight.data_ptr() != old
+    assert layer.state.SCB is scales
+    with torch.no_grad():
+        assert float(lm_closure(model)()) == float(lm_closure(quantised(tiny_folder, "int8"))())
+    assert (packed_bits(model), scale_bits(model)) == before
+
+
 def test_no_repacking_on_any_processor(tiny_folder: str) -> None:
     """Processors with AVX512-BF16 would pack 4-bit weights anew at the first forward; this one may not be one of them."""
     model = quantised(tiny_folder, "nf4")

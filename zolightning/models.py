@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -191,7 +192,8 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let packed weights and scales stay where they are from now on, and let files that came packed compute as ours do.
 
     On CPUs with AVX512-BF16 a first forward would pack 4-bit weights anew and round their scales to bfloat16; int8 layers take
-    their scales out of the weight at the first forward. Files name a type to compute with, and have int8 outliers.
+    their scales out of the weight at the first forward, and leave them and a second hold of the weight behind when the model goes to
+    another device. Files name a type to compute with, and have int8 outliers.
 
     Args:
         model: A model with packed weights.
@@ -208,7 +210,22 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.state.threshold = 0.0
             if module.weight.CB is not None:
                 module.init_8bit_state()
+            module.__class__ = _travelling(Linear8bitLt)
     model.config.quantization_config.llm_int8_threshold = 0.0
+
+
+@cache
+def _travelling(kind: Any) -> Any:
+    """The class of int8 layers whose state follows the weight to other devices; the scales stay the same tensor, in other memory."""
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        kind._apply(self, fn, recurse)
+        if self.state.CB is not None:
+            self.state.CB = self.weight.data
+            self.state.SCB.data = self.state.SCB.data.to(self.weight.device)
+        return self
+
+    return type(kind.__name__, (kind,), {"_apply": _apply})
 
 
 def weight_bytes(model: nn.Module) -> int:
