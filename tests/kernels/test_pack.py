@@ -79,6 +79,19 @@ class TestOneLaunch:
             Pack(own, [100, 100], [0, 0], [0, 800]).update(amounts(1)[None], [[noise] * 2], 0.0, yes)
             assert bits(torch.cat(own)) == bits(moved)
 
+    def test_long_programs(self, kind: type[Noise], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Programs that work on several parts, the last one empty or cut, have the bits of short ones."""
+        weight, yes, results = torch.randn(3, 5000).to(dtypes[0]).to(DEVICE), torch.tensor(True, device=DEVICE), []
+        noise = kind(Key(9, 100, 4))
+        for many in (1 << 30, 0):
+            monkeypatch.setattr("zolightning.kernels.fused._MANY", many)
+            moved = [weight.clone(), weight[:1, :2049].clone()]
+            both = Pack(moved, [100, 100])
+            made = both.materialise(amounts(2), [noise] * 2, copies=2)
+            both.update(amounts(2)[None], [[noise] * 2], 0.01, yes)
+            results.append([bits(t.clone()) for t in (*made, *moved)])
+        assert results[0] == results[1]
+
     def test_the_clock_is_the_step(self, kind: type[Noise], dtypes: list[torch.dtype]) -> None:
         """What counts on the device is the clock, not the step in the noises' keys."""
         weights, yes = tensors(dtypes), torch.tensor(True, device=DEVICE)

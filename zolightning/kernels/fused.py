@@ -6,7 +6,6 @@ draws new noise at every replay.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,14 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zolightning.kernels.noise import draw, rounding_bits, weave
+from zolightning.kernels.noise import _INTERPRETED, draw, rounding_bits, weave
 from zolightning.kernels.rounding import HALF_INFINITY, HALF_NAN, TO_HALF
 from zolightning.noise import Noise
 
 _TO_HALF = tl.constexpr(TO_HALF)
 _HALF_INFINITY, _HALF_NAN = tl.constexpr(HALF_INFINITY), tl.constexpr(HALF_NAN)
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-_OCTETS = 256  # octets (8 elements) of a program
+_OCTETS = 256  # octets (8 elements) that a program works on at a time, one a thread
+_PARTS = 4  # how often it does so, where there is enough work for all programs; what it looks up first then counts less
+_MANY = 1 << 21  # octets that are enough
 _WARPS = 8
 _SCALARS = ["k0", "k1", "stream", "queries", "slot", "block"]  # values that change must not recompile
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -57,11 +57,11 @@ def _u32(value):
 
 
 @triton.jit
-def _place(rows, segments, OCTETS: tl.constexpr):
+def _place(rows, segments, OCTETS: tl.constexpr, PARTS: tl.constexpr):
     """The row of the table that this program works on, its first octet, and how many elements are left from there."""
     row = rows + tl.load(segments + tl.program_id(0)) * _COLUMNS
-    first = (tl.program_id(0) - tl.load(row + _PROGRAM)) * OCTETS
-    return row, first, tl.minimum(tl.load(row + _NUMEL) - first * 8, OCTETS * 8).to(tl.int32)
+    first = (tl.program_id(0) - tl.load(row + _PROGRAM)) * (OCTETS * PARTS)
+    return row, first, tl.minimum(tl.load(row + _NUMEL) - first * 8, OCTETS * PARTS * 8).to(tl.int32)
 
 
 @triton.jit
@@ -94,42 +94,54 @@ def _store(pointer, left, value, OCTETS: tl.constexpr):
 def _materialise(
     out, rows, segments, amounts, clock, k0, k1, stream,
     GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    row, first, left = _place(rows, segments, OCTETS)
+    row, first, left = _place(rows, segments, OCTETS, PARTS)
+    weight = _pointer(row, first, TYPE, ALIGNED)
     octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
-    w = _load(_pointer(row, first, TYPE, ALIGNED), left, OCTETS)
-    z = draw(_u32(k0), _u32(k1), octet, _u32(tl.load(row + _ID)), _u32(tl.load(clock)), _u32(stream), GAUSSIAN)
-    u = weave(*z) * tl.load(amounts + tl.load(row + _SLOT))
-    target = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
-    _store(target, left, _nearest(w + u, TYPE), OCTETS)
-    if COPIES == 2:
-        _store(target + (tl.load(row + _NUMEL) + 7) // 8 * 8, left, _nearest(w - u, TYPE), OCTETS)
+    block, step, amount = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), tl.load(amounts + tl.load(row + _SLOT))
+    plus = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
+    minus = plus + (tl.load(row + _NUMEL) + 7) // 8 * 8
+    for part in range(PARTS):
+        here = left - part * (OCTETS * 8)
+        if here > 0:
+            here = tl.minimum(here, OCTETS * 8)
+            shift = part * (OCTETS * 8)
+            w = _load(weight + shift, here, OCTETS)
+            z = draw(_u32(k0), _u32(k1), octet + part * OCTETS, block, step, _u32(stream), GAUSSIAN)
+            u = weave(*z) * amount
+            _store(plus + shift, here, _nearest(w + u, TYPE), OCTETS)
+            if COPIES == 2:
+                _store(minus + shift, here, _nearest(w - u, TYPE), OCTETS)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _update(
     rows, segments, amounts, stride, valid, shrink, clock, k0, k1, stream, queries,
-    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, OCTETS: tl.constexpr,
+    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, OCTETS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     if tl.load(valid):
-        row, first, left = _place(rows, segments, OCTETS)
+        row, first, left = _place(rows, segments, OCTETS, PARTS)
         block, step, slot = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), tl.load(row + _SLOT)
-        octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
-        weight = _pointer(row, first, TYPE, ALIGNED)
-        w = _load(weight, left, OCTETS)
-        t0 = tl.zeros([OCTETS], tl.float32)  # one sum a place in the octet: a sum over whole octets would be laid out otherwise
-        t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
-        for q in range(queries):
-            z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream + q * _QUERY), GAUSSIAN)
-            a = tl.load(amounts + q * stride + slot)
-            t0, t1, t2, t3 = t0 + z0 * a, t1 + z1 * a, t2 + z2 * a, t3 + z3 * a
-            t4, t5, t6, t7 = t4 + z4 * a, t5 + z5 * a, t6 + z6 * a, t7 + z7 * a
-        total = weave(t0, t1, t2, t3, t4, t5, t6, t7)
-        w = w + (total - w * tl.load(shrink))
-        if tl.float32 != TYPE:
-            bits = rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(stream))
-            w = _stochastic_round(w, bits, TYPE)
-        _store(weight, left, w, OCTETS)
+        first_octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
+        weight, rate = _pointer(row, first, TYPE, ALIGNED), tl.load(shrink)
+        for part in range(PARTS):
+            here = left - part * (OCTETS * 8)
+            if here > 0:
+                here, octet = tl.minimum(here, OCTETS * 8), first_octet + part * OCTETS
+                w = _load(weight + part * (OCTETS * 8), here, OCTETS)
+                t0 = tl.zeros([OCTETS], tl.float32)  # one sum a place in the octet: a sum over whole octets would be laid out otherwise
+                t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
+                for q in range(queries):
+                    z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream + q * _QUERY), GAUSSIAN)
+                    a = tl.load(amounts + q * stride + slot)
+                    t0, t1, t2, t3 = t0 + z0 * a, t1 + z1 * a, t2 + z2 * a, t3 + z3 * a
+                    t4, t5, t6, t7 = t4 + z4 * a, t5 + z5 * a, t6 + z6 * a, t7 + z7 * a
+                total = weave(t0, t1, t2, t3, t4, t5, t6, t7)
+                w = w + (total - w * rate)
+                if tl.float32 != TYPE:
+                    w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(stream)), TYPE)
+                _store(weight + part * (OCTETS * 8), here, w, OCTETS)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -188,10 +200,12 @@ class Table:
         self.addresses = [t.data_ptr() for t in tensors]
         self.aligned = all(address % 16 == 0 for address in self.addresses)
         sizes = torch.tensor([t.numel() for t in tensors])
-        programs, octets = -(-sizes // (_OCTETS * 8)), -(-sizes // 8)
-        self.programs = int(programs.sum())
+        octets = -(-sizes // 8)
         #: Octets of each tensor, the last one filled up; those of all.
         self.octets, self.length = octets.tolist(), int(octets.sum())
+        self.parts = _PARTS if self.length >= _MANY else 1
+        programs = -(-octets // (_OCTETS * self.parts))
+        self.programs = int(programs.sum())
         named = [self.addresses, sizes.tolist(), ids, slots, [start // 8 for start in starts]]
         columns = [*(torch.tensor(column) for column in named), octets.cumsum(0) - octets, programs.cumsum(0) - programs]
         self.rows = torch.stack(columns, dim=1).to(self.device)
@@ -234,7 +248,8 @@ def materialise(table: Table, amounts: Tensor, noise: Noise, clock: Tensor, copi
     with _on(table.device):
         _materialise[(table.programs,)](
             out, table.rows, table.segments, amounts, clock, *_key(noise), GAUSSIAN=noise.fused == "gaussian",
-            TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, COPIES=copies, OCTETS=_OCTETS, num_warps=_WARPS, enable_fp_fusion=False,
+            TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, COPIES=copies, OCTETS=_OCTETS, PARTS=table.parts,
+            num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     views, start = [], 0
     for tensor, octets in zip(table.tensors, table.octets, strict=True):
@@ -258,7 +273,7 @@ def update(table: Table, amounts: Tensor, noises: Sequence[Noise], shrink: Tenso
     with _on(table.device):
         _update[(table.programs,)](
             table.rows, table.segments, amounts, amounts.stride(0), valid, shrink, clock, *_key(noises[0]), len(noises),
-            GAUSSIAN=noises[0].fused == "gaussian", TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, OCTETS=_OCTETS,
+            GAUSSIAN=noises[0].fused == "gaussian", TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, OCTETS=_OCTETS, PARTS=table.parts,
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 

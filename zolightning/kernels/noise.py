@@ -6,6 +6,8 @@ rounds twice.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -19,6 +21,7 @@ _LN2_HIGH, _LN2_LOW = tl.constexpr(noise.LN2_HIGH), tl.constexpr(noise.LN2_LOW)
 _SQRT_HALF_BITS = tl.constexpr(noise.SQRT_HALF_BITS)
 _S0, _S1, _S2 = (tl.constexpr(c) for c in noise.SIN)
 _C0, _C1, _C2 = (tl.constexpr(c) for c in noise.COS)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TO_ANGLE, _TO_UNIT = tl.constexpr(noise.TO_ANGLE), tl.constexpr(noise.TO_UNIT)
 
 
@@ -87,9 +90,24 @@ def _flip(value, sign):
 
 
 @triton.jit
+def root(x):
+    """Square root, correctly rounded, of zero or a number between 2**-100 and 2**126.
+
+    That is how the GPU's own rounds, without its look at the numbers beyond: a branch at which four roots would wait for one another.
+    """
+    if _INTERPRETED:
+        y = tl.sqrt_rn(x)
+    else:
+        r = tl.math.rsqrt(x)
+        s = x * r
+        y = tl.where(x == 0.0, x, tl.fma(tl.fma(-s, s, x), r * 0.5, s))
+    return y
+
+
+@triton.jit
 def box_muller(a, b):
     """Two standard normals from two 32-bit words."""
-    radius = tl.sqrt_rn(log((a.to(tl.float32) + 0.5) * _TO_UNIT) * -2.0)
+    radius = root(log((a.to(tl.float32) + 0.5) * _TO_UNIT) * -2.0)
     cos, sin = cos_sin(b)
     return radius * cos, radius * sin
 
