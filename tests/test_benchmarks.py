@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     report.main()
     assert "0.600 ± 0.141" in capsys.readouterr().out
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows stay in the file as commands come, newer ones in place of older ones; the layers take half a byte a weight."""
+    from benchmarks import quantised
+
+    small = ["--shapes", "tiny", "--tokens", "8", "--repeats", "1", "--out", str(tmp_path)]
+    for more in (["--spaces", "bank", "scales", "--quantizations", "nf4"], ["--spaces", "scales", "--quantizations", "nf4", "int8"]):
+        monkeypatch.setattr("sys.argv", ["quantised", *small, *more])
+        quantised.main()
+    rows = json.loads((tmp_path / "quantised.json").read_text())["rows"]
+    assert [(row["quantization"], row["space"]) for row in rows] == [("nf4", "bank"), ("nf4", "scales"), ("int8", "scales")]
+    assert {row["command"].split(" ", 3)[3] for row in rows[1:]} == {" ".join([*small, *more])}
+    assert all(row["ratio"] == pytest.approx(row["ours_ms"] / row["limit_ms"], rel=1e-3) for row in rows)
+    assert re.search(r"^tiny +int8 +scales +0\.00 +- +- +- +\d", capsys.readouterr().out, re.M)
+    model = quantised.make("tiny", "nf4", torch.device("cpu"))
+    packed = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.uint8)
+    assert packed == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48) // 2
 
 
 def test_three_ways(tmp_path: Path, tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

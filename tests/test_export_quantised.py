@@ -86,8 +86,7 @@ def test_a_packed_model(tiny_folder: str, tmp_path: Path, kind: str) -> None:
     export_model(module, None, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map={"": "cpu"}).train()
     assert packed_bits(again) == packed_bits(module.model)
-    if kind != "int8":
-        assert scale_bits(again) == scale_bits(module.model)
+    assert scale_bits(load_model(str(tmp_path), "float32")) == scale_bits(module.model)
     assert loss_of(module.model) == pytest.approx(loss_of(again), abs=1e-4)
 
 
@@ -109,6 +108,26 @@ def test_ordinary_weights(tiny_folder: str, tmp_path: Path, kind: str | None) ->
     assert not any("lora" in name for name, _ in again.named_parameters())
     # Kernels of int8 round the activations too.
     assert float((logits_of(again) - expected).norm() / change) < (0.05 if kind == "int8" else 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "again"), [("nf4 double", "nf4"), ("int8", "fp4"), (None, "int8")])
+def test_quantised_again(tiny_folder: str, tmp_path: Path, kind: str | None, again: Any) -> None:
+    """What was merged, packed: transformers finds it quantised, and only that is in the folder."""
+    from transformers import AutoModelForCausalLM
+
+    export_model(trained(tiny_folder, kind, zl.AdapterSpace), None, tmp_path / "whole", merge=True)
+    export_model(trained(tiny_folder, kind, zl.AdapterSpace), None, tmp_path / "packed", requantize=again)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32, device_map={"": "cpu"})
+    assert found.is_quantized
+    double = again == "nf4"
+    expected = load_model(str(tmp_path / "whole"), "float32", quantization=again, double_quantization=double)
+    ours = load_model(str(tmp_path / "packed"), "float32")
+    assert packed_bits(found) == packed_bits(ours) == packed_bits(expected)
+    assert scale_bits(ours) == scale_bits(expected)
+    assert loss_of(ours) == loss_of(expected) != loss_of(load_model(tiny_folder, "float32", quantization=again))
+    assert not [path for path in (tmp_path / "packed").iterdir() if path.is_dir()]
+    export_model(trained(str(tmp_path / "packed"), None, zl.AdapterSpace), None, tmp_path / "more", requantize=again)
+    assert packed_bits(load_model(str(tmp_path / "more"))) != packed_bits(ours)
 
 
 def test_a_prefix_is_no_change_of_weights(tiny_folder: str) -> None:

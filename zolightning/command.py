@@ -20,6 +20,7 @@ from zolightning.callbacks import PredictionWriter, RunCheckpoint, RunJournal, R
 from zolightning.export import export_model
 from zolightning.journal import FILE_NAME
 from zolightning.messages import reason
+from zolightning.models import Quantization
 from zolightning.modules import ZOModule
 from zolightning.replaying import check_checkpoint, replay_run
 
@@ -59,6 +60,7 @@ class ZOTrainer(Trainer):
         weights_only: bool | None = None,
         output: str = "export",
         merge: bool = False,
+        requantize: Quantization | None = None,
     ) -> None:
         """Write the trained model as an ordinary Hugging Face folder.
 
@@ -69,6 +71,7 @@ class ZOTrainer(Trainer):
             weights_only: Not used: checkpoints are always read as data, never as code.
             output: Folder to write to.
             merge: Write ordinary weights instead of an adapter or packed weights: unpacked, with the adapter added.
+            requantize: Merge, and quantise the result again (nf4, fp4 or int8).
         """
         model.configure_model()
         checkpoint = None
@@ -76,7 +79,7 @@ class ZOTrainer(Trainer):
             checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
             model.on_load_checkpoint(checkpoint)
         task = getattr(datamodule, "task", None)
-        export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown", merge)
+        export_model(model, checkpoint, Path(output), type(task).__name__ if task is not None else "unknown", merge, requantize)
         print(f"model        {output}")
 
     def replay(

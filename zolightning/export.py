@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 import zolightning
+from zolightning.models import Quantization, load_model
 
 _CARD = """---
 base_model: {base}
@@ -33,7 +35,14 @@ tags: [zolightning, zeroth-order]
 """
 
 
-def export_model(module: Any, checkpoint: dict[str, Any] | None, folder: Path, task: str = "unknown", merge: bool = False) -> None:
+def export_model(
+    module: Any,
+    checkpoint: dict[str, Any] | None,
+    folder: Path,
+    task: str = "unknown",
+    merge: bool = False,
+    requantize: Quantization | None = None,
+) -> None:
     """Write model, tokenizer and card.
 
     An adapter is written as peft writes it, without the base; a quantised model as bitsandbytes packs it.
@@ -44,17 +53,20 @@ def export_model(module: Any, checkpoint: dict[str, Any] | None, folder: Path, t
         folder: Where to write.
         task: Name of the task, for the card.
         merge: Write a model of ordinary weights instead, in the module's dtype, with the adapter added. The module's model is used up.
+        requantize: Merge, and quantise the result again: ``nf4``, ``fp4`` or ``int8``. The folder holds the ordinary weights meanwhile.
 
     Raises:
         ValueError: The folder cannot be written, or the space moves what the files would not hold.
     """
     model = module.language_model
-    if merge:
+    if merge or requantize is not None:
         model = merged(model)
     elif hasattr(model, "peft_config") and any(".lora_" not in b.name and "prompt_encoder" not in b.name for b in module.space.blocks):
         raise ValueError("an adapter's files cannot hold the other weights that this space moves: use --merge=true")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if requantize is not None:
+            model = _requantized(model, module, folder, requantize)
         model.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_card(module, checkpoint, folder.name, task), encoding="utf-8")
@@ -85,6 +97,16 @@ def merged(model: Any) -> Any:
         weight = model.get_submodule(path).weight
         weight.copy_((weight.float() + change.float()).to(weight.dtype))
     return model
+
+
+def _requantized(model: Any, module: Any, folder: Path, kind: Quantization) -> Any:
+    """A model of ordinary weights, quantised by way of files: it is never there in both forms."""
+    device = next(model.parameters()).device
+    with TemporaryDirectory(dir=folder) as whole:
+        model.save_pretrained(whole)
+        model.to("meta")
+        double = module.double_quantization and kind != "int8"
+        return load_model(whole, module.dtype_name, device, quantization=kind, double_quantization=double)
 
 
 def _card(module: Any, checkpoint: dict[str, Any] | None, name: str, task: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,30 +46,39 @@ def load_model(
         attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...); ``None``: its choice.
         trust_remote_code: Run Python code that comes with the model.
         quantization: Store the linear maps of the layers in 4 bits (``nf4``, ``fp4``) or 8 (``int8``), by bitsandbytes; ``None``: as
-            they are.
+            they are in the files, which may be quantised already.
         double_quantization: Quantise the scales of 4-bit weights too: 0.4 bits a weight less.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: An argument is unknown, bitsandbytes is missing, or the model cannot be loaded.
+        ValueError: An argument is unknown, bitsandbytes is missing, the model cannot be loaded, or it is quantised already in another
+            way.
 
     References:
         Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023 (nf4, double quantisation).
         Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", NeurIPS 2022 (without its outliers).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     if dtype not in get_args(DType):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(get_args(DType))}")
-    options: dict[str, Any] = {}
-    if quantization is not None:
-        options = {"quantization_config": _quantised(quantization, dtype, double_quantization), "device_map": {"": device}}
-    elif double_quantization:
-        raise ValueError("double_quantization=true needs quantization: nf4 or fp4")
+    wanted = _wanted(quantization, double_quantization)
     transformers_logging.disable_progress_bar()
+    try:
+        stored = _stored(AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=trust_remote_code))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load model {pretrained!r}: {first_line(error)}") from error
+    if stored is not None:
+        stored.check(pretrained, wanted)
+    packing = stored or wanted
+    options: dict[str, Any] = {"device_map": {"": device}} if packing is not None else {}
+    if packing is not None:
+        _need_bitsandbytes(f"quantization={packing.kind}" if stored is None else f"{pretrained!r}, quantised as {packing},")
+    if wanted is not None and stored is None:
+        options["quantization_config"] = wanted.config(getattr(torch, dtype))
     try:
         model: PreTrainedModel
         # Under a device context (Lightning sets one) transformers would ask for accelerate.
@@ -85,53 +96,152 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])[0]
         raise ValueError(f"{pretrained!r} is no trained causal language model: it has no weights for {missing!r}")
-    if quantization is None:
+    if packing is None:
         return model.to(device).eval()
-    _settle(model)
+    if stored is not None:
+        _forget_reading(model)
+    settle(model, getattr(torch, dtype))
     return model.eval()
 
 
-def _quantised(quantization: str, dtype: str, double: bool) -> Any:
-    """What transformers has to be told.
+@dataclass(frozen=True)
+class Packing:
+    """How weights are quantised.
+
+    Args:
+        kind: ``nf4``, ``fp4`` or ``int8``; in files also the name of another method.
+        double: Whether the scales are quantised too.
+    """
+
+    kind: str
+    double: bool = False
+
+    def __str__(self) -> str:
+        return self.kind + (" with quantised scales" if self.double else "")
+
+    def check(self, pretrained: str, wanted: Packing | None) -> None:
+        """Refuse files that are quantised in a way that is unknown, or not the one wanted.
+
+        Raises:
+            ValueError: They are.
+        """
+        if self.kind not in get_args(Quantization):
+            raise ValueError(
+                f"{pretrained!r} is quantised by {self.kind}; only bitsandbytes' {', '.join(get_args(Quantization))} are known"
+            )
+        if wanted is not None and (wanted.kind != self.kind or wanted.double > self.double):
+            raise ValueError(f"{pretrained!r} is quantised already, as {self}: quantization={wanted} needs files that are not")
+
+    def config(self, dtype: torch.dtype) -> Any:
+        """What transformers has to be told."""
+        from transformers import BitsAndBytesConfig
+
+        if self.kind == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)  # outliers would make a batch's rows depend on each other
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=self.kind, bnb_4bit_use_double_quant=self.double, bnb_4bit_compute_dtype=dtype
+        )
+
+
+def _wanted(quantization: str | None, double: bool) -> Packing | None:
+    """What the arguments ask for.
 
     Raises:
-        ValueError: ``quantization`` is unknown, does not know double quantisation, or bitsandbytes is missing.
+        ValueError: ``quantization`` is unknown, or does not know double quantisation.
     """
-    if quantization not in get_args(Quantization):
+    if quantization is not None and quantization not in get_args(Quantization):
         raise ValueError(f"quantization={quantization!r} must be one of {', '.join(get_args(Quantization))}")
+    if double and quantization is None:
+        raise ValueError("double_quantization=true needs quantization: nf4 or fp4")
     if double and quantization == "int8":
         raise ValueError("double_quantization=true is for nf4 and fp4; the scales of int8 are few")
-    # It reports every cast of an input of int8, in every forward.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return Packing(quantization, double) if quantization is not None else None
+
+
+def _stored(config: Any) -> Packing | None:
+    """How the files of a model are quantised, by its configuration."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    found = found if isinstance(found, dict) else found.to_dict()
+    if found.get("load_in_4bit"):
+        return Packing(str(found.get("bnb_4bit_quant_type", "fp4")), bool(found.get("bnb_4bit_use_double_quant")))
+    return Packing("int8" if found.get("load_in_8bit") else str(found.get("quant_method", "another method")))
+
+
+def _need_bitsandbytes(who: str) -> None:
+    """Make sure that bitsandbytes is there.
+
+    Raises:
+        ValueError: It is missing.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"quantization={quantization} needs bitsandbytes: pip install zolightning[quant]") from error
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)  # outliers would make a batch's rows depend on each other
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
+        raise ValueError(f"{who} needs bitsandbytes: pip install zolightning[quant]") from error
 
 
-def _settle(model: nn.Module) -> None:
-    """Let packed weights and scales stay where they are from now on.
+def _forget_reading(model: Any) -> None:
+    """Let a model that was read packed be saved: transformers would turn round what it did then, and has no way to; none is needed."""
+    done = getattr(model, "_weight_conversions", None) or []
+    packing = "transformers.integrations.bitsandbytes"
+    model._weight_conversions = [c for c in done if all(type(op).__module__ != packing for op in getattr(c, "operations", None) or [])]
+
+
+def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let packed weights and scales stay where they are from now on, and let files that came packed compute as ours do.
 
     On CPUs with AVX512-BF16 a first forward would pack 4-bit weights anew and round their scales to bfloat16; int8 layers take
-    their scales out of the weight at the first forward.
+    their scales out of the weight at the first forward, and leave them and a second hold of the weight behind when the model goes to
+    another device. Files name a type to compute with, and have int8 outliers.
+
+    Args:
+        model: A model with packed weights.
+        dtype: The type to compute with.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast of an input of int8, in every forward
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-        elif isinstance(module, Linear8bitLt) and module.weight.CB is not None:
-            module.init_8bit_state()
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+        elif isinstance(module, Linear8bitLt):
+            module.state.threshold = 0.0
+            if module.weight.CB is not None:
+                module.init_8bit_state()
+            module.__class__ = _travelling(Linear8bitLt)
+    model.config.quantization_config.llm_int8_threshold = 0.0
+
+
+@cache
+def _travelling(kind: Any) -> Any:
+    """The class of int8 layers whose state follows the weight to other devices; the scales stay the same tensor, in other memory."""
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        kind._apply(self, fn, recurse)
+        if self.state.CB is not None:
+            self.state.CB = self.weight.data
+            self.state.SCB.data = self.state.SCB.data.to(self.weight.device)
+        return self
+
+    return type(kind.__name__, (kind,), {"_apply": _apply})
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that a model's weights take, the scales of packed ones included.
+
+    Args:
+        model: The network.
+    """
+    tensors: list[Tensor] = list(model.parameters())
+    for module in model.modules():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        elif (scales := getattr(getattr(module, "state", None), "SCB", None)) is not None:
+            tensors.append(scales)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

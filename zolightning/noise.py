@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar
 
@@ -154,7 +154,7 @@ class Noise:
     """
 
     key: Key
-    purpose: Purpose = Purpose.DIRECTION
+    purpose: Purpose = field(default=Purpose.DIRECTION, kw_only=True)
     #: Name under which the fused kernels know this distribution; empty: only :meth:`draw` does.
     fused: ClassVar[str] = ""
 
@@ -225,7 +225,7 @@ class LowRankNoise(Noise):
     @property
     def basis(self) -> GaussianNoise:
         """Noise of ``A``."""
-        return GaussianNoise(replace(self.key, step=self.key.step // self.window, query=0), Purpose.BASIS)
+        return GaussianNoise(replace(self.key, step=self.key.step // self.window, query=0), purpose=Purpose.BASIS)
 
     def draw(self, start: int, count: int, device: torch.device) -> Tensor:
         first, last = start // self.columns, -(-(start + count) // self.columns)

@@ -50,6 +50,23 @@ class TestReport:
         make_trainer(tmp_path, 1, callbacks=[RunReport()], limit_val_batches=1).fit(module, film_data(tmp_path, "squad", QUESTIONS))
         assert "weights 0.1 MiB, scratch of a probe 0.1 MiB" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(("space", "scratch"), [(zl.QuantScaleSpace, 9216 // 64 * 4), (zl.AdapterSpace, 8 * (32 + 32 + 32 + 16) * 4)])
+    def test_of_a_quantised_model(
+        self,
+        tiny_folder: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        space: Any,
+        scratch: int,
+    ) -> None:
+        """Scales are weights too, and a probe takes as much as one layer has of them, or of the adapter."""
+        monkeypatch.setattr("zolightning.callbacks.report._size", str)
+        module = make_module(tiny_folder, space=space, quantization="nf4")
+        make_trainer(tmp_path, 1, callbacks=[RunReport()], limit_val_batches=0).fit(module, film_data(tmp_path))
+        weights = sum(p.numel() * p.element_size() for p in module.language_model.parameters()) + 2 * 9216 // 64 * 4
+        assert f"memory       weights {weights}, scratch of a probe {scratch}\n" in capsys.readouterr().out
+
     def test_skipped_steps_are_counted(self, tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         class Sometimes(zl.CandidateCrossEntropy):
             calls = 0

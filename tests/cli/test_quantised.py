@@ -24,7 +24,7 @@ UNION = {
 
 
 def test_end_to_end(run: Run, options: list[str], tmp_path: Path) -> None:
-    """Fit says nothing on stderr; validate finds the figures of the run's end; export writes ordinary weights."""
+    """Fit says nothing on stderr; validate finds the figures of the run's end; export merges all and packs it again."""
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "union.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"space": UNION}}}))
@@ -36,10 +36,10 @@ def test_end_to_end(run: Run, options: list[str], tmp_path: Path) -> None:
     done = run("validate", *small, "--ckpt_path=last", "--trainer.limit_val_batches=1.0")
     assert done.returncode == 0, done.stderr
     assert [line.split()[-2] for line in done.stdout.splitlines() if line.startswith("loss (nats)")] == after
-    done = run("export", *small, "--ckpt_path=last", "--output=out", "--merge=true")
+    done = run("export", *small, "--ckpt_path=last", "--output=out", "--requantize=int8")
     assert done.returncode == 0, done.stderr
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map={"": "cpu"})
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.int8}
 
 
 def test_one_line_without_bitsandbytes(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

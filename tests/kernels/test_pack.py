@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import bits
-from torch import Tensor
+from torch import Tensor, nn
 
+import zolightning as zl
 from zolightning import kernels
 from zolightning.kernels import Pack, pack, plain
 from zolightning.noise import GaussianNoise, Key, Noise, Purpose, RademacherNoise
@@ -66,7 +67,7 @@ class TestOneLaunch:
         """Rows of a matrix draw the noise of their place in it, for any purpose."""
         whole, yes = torch.randn(24, 100).to(dtypes[0]).to(DEVICE), torch.tensor(True, device=DEVICE)
         parts = [whole.clone()[rows] for rows in (slice(0, 8), slice(8, 24))]
-        noise = kind(Key(9, 100, 4), Purpose.BASIS)
+        noise = kind(Key(9, 100, 4), purpose=Purpose.BASIS)
         for devices in (pack.FUSED_DEVICES, set()):
             monkeypatch.setattr(pack, "FUSED_DEVICES", devices)
             cut = Pack(parts, [100, 100], [0, 0], [0, 800])
@@ -135,8 +136,29 @@ def test_weights_that_were_moved_are_noticed() -> None:
     one, noise = Pack([parameter], [2]), GaussianNoise(Key(1, 2, 3))
     one.materialise(torch.ones(1, device=DEVICE), [noise])
     parameter.data = parameter.data.clone()
-    with pytest.raises(RuntimeError, match="the weights were moved to other memory after the space was made"):
+    with pytest.raises(RuntimeError, match="the weights were moved to other memory after the optimizer was made"):
         one.materialise(torch.ones(1, device=DEVICE), [noise])
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
+def test_a_new_optimizer_finds_weights_that_were_moved() -> None:
+    """What an older one has captured would go astray, so it does not."""
+    net = nn.Linear(3, 3, device=DEVICE)
+    space, x = zl.DenseSpace(net), torch.ones(2, 3, device=DEVICE)
+    sampler = zl.ZOOptimizer(space).sampler
+
+    def probe() -> Tensor:
+        with torch.no_grad(), space.probe(sampler.directions(0, 0, 1)[0], 0.1):
+            return net(x)
+
+    before = probe()
+    for parameter in net.parameters():
+        parameter.data = parameter.data.clone()
+    with pytest.raises(RuntimeError, match="make the optimizer afterwards"):
+        probe()
+    zl.ZOOptimizer(space)
+    assert torch.equal(probe(), before)
 
 
 def test_only_known_noise_goes_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,35 @@ def test_resumes_to_the_same_bits(tiny_folder: str, tmp_path: Path, kind: str, s
         assert scale_bits(whole.language_model) == scale_bits(base)
 
 
+def test_a_second_run_in_one_process(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning takes the model to the CPU and back in between; here the scales get other memory as they do then."""
+    from bitsandbytes.functional import QuantState
+
+    monkeypatch.setattr(QuantState, "to", lambda state, device: setattr(state, "absmax", state.absmax.clone()))
+    options = {**KINDS["nf4 double"], "space": zl.QuantScaleSpace, "lr": 1e-2}
+    _, module = fit(tiny_folder, tmp_path, 2, **options)
+    once = scale_bits(module.language_model)
+    assert once == {block.name.partition("layers.")[2].rpartition(".")[0]: bits(block.tensor) for block in module.space.blocks}
+    make_trainer(tmp_path, 3).fit(module, film_data(tmp_path))
+    twice = scale_bits(module.language_model)
+    assert not set(once.values()) & set(twice.values())
+    assert twice == {block.name.partition("layers.")[2].rpartition(".")[0]: bits(block.tensor) for block in module.space.blocks}
+    make_trainer(tmp_path).validate(module, film_data(tmp_path), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False)
+    assert scale_bits(module.language_model) == once
+
+
+@pytest.mark.parametrize("space", ["prefix", "scales"])
+def test_the_base_is_reloaded(tiny_folder: str, tmp_path: Path, space: str) -> None:
+    """To go back in a run the blocks get the values again that they have on the quantised base."""
+    options = {**KINDS["nf4 double"], "space": SPACES[space], "lr": 1e-2}
+    _, module = fit(tiny_folder, tmp_path, 2, **options)
+    fresh = make_module(tiny_folder, **options)
+    fresh.configure_model()
+    assert moved(module) != moved(fresh)
+    module.reload_base()
+    assert moved(module) == moved(fresh)
+
+
 def test_validation_of_a_checkpoint(tiny_folder: str, tmp_path: Path) -> None:
     """Scales are no parameters; the figures are those of the trained ones all the same."""
     options = {**KINDS["nf4"], "space": zl.QuantScaleSpace, "lr": 1e-2}

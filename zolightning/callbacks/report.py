@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zolightning.callbacks.logger import RunLogger
 from zolightning.callbacks.plot import plot_run
+from zolightning.models import weight_bytes
 
 Figures = dict[str, float]
 _LINES = {
@@ -52,9 +53,10 @@ class RunReport(Callback):
     def _estimate(self, trainer: Trainer, module: Any) -> None:
         space, forwards = module.space, module.forwards_per_step
         steps = max(trainer.max_steps - trainer.global_step, 0) if trainer.max_steps > 0 else 0
-        weights = sum(p.numel() * p.element_size() for p in module.language_model.parameters())
+        weights = weight_bytes(module.language_model)
         hold = module.batch_objective().several_forwards
-        scratch = space.scratch(copies=1 if hold or module.device.type == "cpu" else 2, hold=hold)
+        both = space.pairable and not hold and module.device.type != "cpu"  # signs in one forward
+        scratch = space.scratch(copies=2 if both else 1, hold=hold)
         seconds, activations = self._time_forward(module)
         seconds /= trainer.world_size
         dtype = str(space.blocks[0].dtype).removeprefix("torch.")

@@ -79,7 +79,7 @@ class Pack:
             RuntimeError: A tensor was moved to other memory.
         """
         if "_tables" in self.__dict__ and not all(table.still_there() for _, table in self._tables):
-            raise RuntimeError("the weights were moved to other memory after the space was made; make the space afterwards")
+            raise RuntimeError("the weights were moved to other memory after the optimizer was made; make the optimizer afterwards")
 
     def materialise(self, amounts: Tensor, noises: Sequence[Noise], clock: Tensor | None = None, copies: int = 1) -> list[Tensor]:
         r"""Perturbed copies :math:`W_i + a_i z_i`, rounded once to the nearest value of the weights' type.

@@ -50,7 +50,8 @@ class ZOModule(pl.LightningModule):
         micro_batch_size: Examples per forward; without it: the whole batch at once.
         attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...).
         trust_remote_code: Run Python code that comes with the model.
-        quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are.
+        quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are
+            in the files, which may be quantised already.
         double_quantization: Quantise the scales of 4-bit weights too.
     """
 
@@ -124,13 +125,16 @@ class ZOModule(pl.LightningModule):
             return
         # A quantised model is made where it stays: packed weights and their scales do not travel together.
         device = self.trainer.strategy.root_device if self._trainer is not None else self.device
-        model = load_model(
-            self.pretrained, self.dtype_name, device, self.attn_implementation, self.trust_remote_code, self.quantization,
-            self.double_quantization,
-        )  # fmt: skip
+        model = self._load(device)
         self.space = self.make_space(model)
         self.model = self.space.model  # a space may put something around it
         self.model.train()  # Lightning warns of modules in evaluation mode before training; on_train_start sets it
+
+    def _load(self, device: torch.device | str) -> nn.Module:
+        return load_model(
+            self.pretrained, self.dtype_name, device, self.attn_implementation, self.trust_remote_code, self.quantization,
+            self.double_quantization,
+        )  # fmt: skip
 
     def on_train_start(self) -> None:
         """Make ready for the first step."""
@@ -300,11 +304,9 @@ class ZOModule(pl.LightningModule):
     def reload_base(self) -> None:
         """Give the blocks the weights of the base model again, where they lie."""
         self.settle()
-        device = self.device if self.quantization is not None else "cpu"  # packed weights and their scales do not travel together
-        fresh = load_model(
-            self.pretrained, self.dtype_name, device, self.attn_implementation, self.trust_remote_code, self.quantization,
-            self.double_quantization,
-        )  # fmt: skip
+        # Scales and prefixes come from the quantised base, and have the bits of the device that made them.
+        device = self.device if hasattr(self.language_model.config, "quantization_config") else "cpu"
+        fresh = self._load(device)
         for block, base in zip(self.space.blocks, self.make_space(fresh).blocks, strict=True):
             block.tensor.copy_(base.tensor)
 

@@ -38,7 +38,8 @@ class ZOFinetuneModule(ZOModule):
         micro_batch_size: Examples per forward; without it: the whole batch at once.
         attn_implementation: Attention code of transformers (``sdpa``, ``eager``, ...).
         trust_remote_code: Run Python code that comes with the model.
-        quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are.
+        quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are
+            in the files, which may be quantised already.
         double_quantization: Quantise the scales of 4-bit weights too.
         deferred_updates: Keep the moves of a low-rank sampler beside the weights until its window ends or somebody looks: validation,
             checkpoints, ``state_dict()``, the end of the run. A step then passes over the weights in its forwards alone.

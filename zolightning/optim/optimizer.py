@@ -93,6 +93,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if max_skipped < 1:
             raise ValueError(f"max_skipped={max_skipped} must be at least 1")
         self.space = space
+        space.locate()
         self.sampler = sampler if sampler is not None else GaussianSampler()
         self.estimator = estimator if estimator is not None else TwoPoint()
         self.rule = rule if rule is not None else SGD()

@@ -55,6 +55,7 @@ class Space(ABC):
         for block in self.blocks:
             if not block.tensor.is_contiguous():
                 raise ValueError(f"block {block.name!r} is not contiguous in memory; call .contiguous() on it first")
+        self._places = [block.tensor.data_ptr() for block in self.blocks]
         #: Keep the moves of low rank beside the weights, until :meth:`settle` or the end of their window; weight decay waits with them.
         self.deferred = False
         self._sampler: Sampler | None = None  # whose factors these are
@@ -106,6 +107,18 @@ class Space(ABC):
     def pack(self) -> kernels.Pack:
         """All blocks, for one pass over them."""
         return kernels.Pack([block.tensor for block in self.blocks], [block.id for block in self.blocks])
+
+    def locate(self) -> None:
+        """Take the blocks where they are now: between two runs a model may have been on another device. A new optimizer calls it."""
+        places = [block.tensor.data_ptr() for block in self.blocks]
+        if places != self._places:
+            self._places = places
+            self._moved()
+
+    def _moved(self) -> None:
+        """Forget the addresses of all blocks."""
+        self.__dict__.pop("pack", None)
+        self._sampler = self._factors = None
 
     @property
     def numel(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class QuantScaleSpace(SwapSpace):
     Scales that are quantised themselves (double quantisation) become float32 when the space is made: 3 bytes more for 64 weights.
 
     Args:
-        model: A network with linear maps of bitsandbytes, in evaluation mode, on the device where it stays.
+        model: A network with linear maps of bitsandbytes, in evaluation mode.
         include: Shell patterns over the names of linear maps; only matching ones move. Empty: all.
         exclude: Shell patterns; matching ones do not move.
 
@@ -56,8 +57,8 @@ class QuantScaleSpace(SwapSpace):
             raise ValueError(f"nothing to move: {len(holders)} quantised modules, include={list(include)}, exclude={list(exclude)}")
         blocks, owners = [], []
         for index, (path, (module, holder, leaf)) in enumerate(chosen.items()):
-            if getattr(holder, "nested", False):
-                _flatten(holder)
+            if leaf == "absmax":
+                _settle(holder)
             # Not bitsandbytes' own names: its int8 layers refuse a checkpoint that has theirs.
             blocks.append(Block(f"{path}.scales", vars(holder)[leaf], beside(model, path, module)))
             owners.append(Owner(index, path, module, leaf, holder))
@@ -66,7 +67,12 @@ class QuantScaleSpace(SwapSpace):
 
     @property
     def pairable(self) -> bool:
-        """Never: the kernels of packed weights take one set of scales."""
+        """Never: it would save nothing.
+
+        Every weight depends on a scale, so the signs share no unpacked matrix: 4-bit weights are unpacked twice and multiplied twice,
+        in one forward as in two (8-bit ones are multiplied as often). What the signs could share is the noise of the scales, a 64th
+        of the weights. Against it stand outputs that have to be put together, and activations of twice the rows.
+        """
         return False
 
     def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
@@ -85,9 +91,24 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _flatten(state: Any) -> None:
-    """Replace scales that are quantised themselves by their float32 values."""
-    from bitsandbytes.functional import dequantize_blockwise
+def _settle(state: Any) -> None:
+    """Make the scales one float32 tensor that stays the same object, also when the model goes to another device."""
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
 
-    state.absmax = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float().contiguous()
-    state.nested, state.state2, state.offset = False, None, None
+        state.absmax = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float().contiguous()
+        state.nested, state.state2, state.offset = False, None, None
+    if not hasattr(state, "travels"):
+        state.__class__ = _travelling(state.__class__)
+
+
+@cache
+def _travelling(kind: Any) -> type:
+    """The class of 4-bit states whose scales move to another device as a parameter does: the tensor stays, its memory changes."""
+
+    def to(self: Any, device: torch.device) -> None:
+        scales = self.absmax
+        kind.to(self, device)
+        scales.data, self.absmax = self.absmax, scales
+
+    return type(kind.__name__, (kind,), {"to": to, "travels": True})

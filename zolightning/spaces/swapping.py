@@ -97,6 +97,11 @@ class SwapSpace(Space):
         paths = set(layer_paths(self.model))
         return [host.module for host in self._hosts if host.path in paths]
 
+    def _moved(self) -> None:
+        super()._moved()
+        self._hosts, self._everything = self._place(), Host("", self.model, self._owners, self.blocks)
+        self._pieces.clear()
+
     def restore(self) -> None:
         """Take all hooks away and put the weights back into their modules; harmless where there is nothing to do."""
         while self._handles:

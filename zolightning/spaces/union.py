@@ -94,6 +94,11 @@ class UnionSpace(Space):
     def settings(self) -> dict[str, Any]:
         return {name: value for space in self.spaces for name, value in space.settings.items()}
 
+    def locate(self) -> None:
+        super().locate()
+        for space in self.spaces:
+            space.locate()
+
     def active(self, clock: Tensor) -> Tensor | None:
         parts = [space.active(clock) for space in self.spaces]
         if all(part is None for part in parts):
