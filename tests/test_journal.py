@@ -80,7 +80,7 @@ def test_base_and_journal_are_the_trained_weights(dtype: torch.dtype, kind: str,
     assert zl.replay(path, model) == 11
     assert state_bits(model) == state_bits(optimizer.space.model) != half
     model = Net(dtype)
-    assert zl.replay(path, model, until_step=6) == 6
+    assert zl.replay(path, DenseSpace(model), until_step=6) == 6
     assert state_bits(model) == half != state_bits(Net(dtype))
     model = Net(dtype)
     assert zl.replay(path, model, until_step=0) == 0

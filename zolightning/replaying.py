@@ -61,7 +61,7 @@ def replay_run(module: ZOModule, path: Path, until_step: int | None, verify: Pat
             raise ValueError(f"checkpoint {str(verify)!r} is of step {step}, until_step={until_step} is another one")
         until_step = step
     module.configure_model()
-    steps = rebuild(journal, module.space.blocks, until_step, module.sampler, _rule(journal, module))
+    steps = rebuild(journal, module.space, until_step, module.sampler, _rule(journal, module))
     print(f"weights      of step {steps:,}, rebuilt from {path}", flush=True)
     if checkpoint is not None:
         _compare(module.space.blocks, checkpoint["state_dict"], str(verify))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from quantised import KINDS, packed_bits, quantised, scale_bits
 from torch import nn
 
 import zolightning as zl
+from zolightning.journal import Recorder
 from zolightning.testing import check_space
 
 
@@ -142,3 +144,19 @@ class TestRefusals:
         state.absmax = state.absmax.clone()
         with pytest.raises(ValueError, match=r"^'model.layers.0.mlp.up_proj' was moved to other memory after the space was made"):
             zl.ZOOptimizer(space).step(lm_closure(model))
+
+
+def test_replay_moves_scales_as_training_does(tiny_folder: str, tmp_path: Path) -> None:
+    """Steps so large that scales end at 0; the journal alone gives the same bits."""
+    model = quantised(tiny_folder, "nf4")
+    optimizer = zl.ZOOptimizer(zl.QuantScaleSpace(model), lr=3.0, eps=1e-3)
+    recorder = Recorder(tmp_path / "journal.zo", optimizer)
+    for _ in range(3):
+        optimizer.step(lm_closure(model))
+    recorder.drain()
+    assert any(bool((block.tensor == 0).any()) for block in optimizer.space.blocks)
+    again = zl.QuantScaleSpace(quantised(tiny_folder, "nf4"))
+    assert zl.replay(recorder.path, again) == 3
+    assert [bits(block.tensor) for block in again.blocks] == [bits(block.tensor) for block in optimizer.space.blocks]
+    with pytest.raises(ValueError, match=r"there is no 'model\.layers\.0\.self_attn\.q_proj\.scales' here"):
+        zl.replay(recorder.path, quantised(tiny_folder, "nf4"))

@@ -39,7 +39,12 @@ class Moved(Space):
 
 
 def replay(
-    journal: str | Path, model: nn.Module, until_step: int | None = None, *, sampler: Sampler | None = None, rule: Rule | None = None
+    journal: str | Path,
+    model: nn.Module | Space,
+    until_step: int | None = None,
+    *,
+    sampler: Sampler | None = None,
+    rule: Rule | None = None,
 ) -> int:
     """Rebuild the trained weights of a run from its base weights and its journal, in place and bit for bit.
 
@@ -47,7 +52,8 @@ def replay(
 
     Args:
         journal: The file of the run, ``journal.zo``.
-        model: The base model, in the run's type of weights; its blocks are moved.
+        model: The base model, in the run's type of weights; its blocks are moved. For blocks that are no parameters of it (quantisation
+            scales, adapters): a space like the run's.
         until_step: Stop after so many steps; ``None``: at the end.
         sampler: For a run with noise of your own class: that sampler. Its scales are not used, those of the journal are.
         rule: For a run with an update rule of your own class: that rule.
@@ -64,15 +70,16 @@ def replay(
         2000
     """
     contents = whole(journal)
-    return rebuild(contents, blocks_of(contents, model), until_step, sampler, rule)
+    space = model if isinstance(model, Space) else Moved(model, blocks_of(contents, model))
+    return rebuild(contents, space, until_step, sampler, rule)
 
 
-def rebuild(contents: Journal, blocks: Sequence[Block], until_step: int | None, sampler: Sampler | None, rule: Rule | None) -> int:
+def rebuild(contents: Journal, space: Space, until_step: int | None, sampler: Sampler | None, rule: Rule | None) -> int:
     """See :func:`replay`.
 
     Args:
         contents: The journal.
-        blocks: Its blocks, with the base weights.
+        space: Its blocks, with the base weights, and how they move.
         until_step: As for :func:`replay`.
         sampler: As for :func:`replay`.
         rule: As for :func:`replay`.
@@ -80,11 +87,11 @@ def rebuild(contents: Journal, blocks: Sequence[Block], until_step: int | None, 
     first, until = contents.first, contents.steps if until_step is None else until_step
     if not first.start <= until <= contents.steps:
         raise ValueError(f"until_step={until} is not in the journal, which holds steps {first.start} to {contents.steps}")
-    check_weights(contents, blocks)
+    check_weights(contents, space.blocks)
     entries, known = contents.surviving(until), tools(sampler, rule)
     for entry in entries:
         known(entry.settings)  # refuse before anything moves
-    move_all(Moved(nn.Module(), blocks), entries, contents.surviving_looks(until), until, known)
+    move_all(space, entries, contents.surviving_looks(until), until, known)
     return until
 
 
