@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -64,6 +65,7 @@ def _run(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    faulthandler.dump_traceback_later(90, exit=True)  # says where it hangs
     torch.set_num_threads(1)
     if connect:
         dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=timeout), world, rank)
