@@ -6,7 +6,8 @@ r"""Statistics of every block on several tasks: signal, noise and curvature, alo
 Each task starts at the pretrained weights. At ``points`` places of a path of ``trajectory`` steps it measures ``batches`` batches of
 ``rows`` rows: ``G`` without bias, ``E||g_B||^2`` and ``F`` (see zolightning.modules.statistics). ``statistics.safetensors`` holds
 ``TASK/STEP/{gradient,batch,fisher}``, shape [blocks], with the blocks' names in its metadata; ``statistics.jsonl`` one row per task and
-place with the same numbers by name. Tasks and places that are there already are not measured again.
+place with the same numbers by name, for tasks with candidates also ``without_prior`` (see zolightning.modules.prior). Tasks and places
+that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,33 @@ from zolightning.models import load_model, load_tokenizer
 from zolightning.modules.base import OBJECTIVES
 from zolightning.modules.evaluation import CALIBRATION, fitted_biases
 from zolightning.modules.per_row import RowNorms
+from zolightning.modules.prior import without_prior
 from zolightning.modules.statistics import BlockStatistics, collect_statistics
 
 _FIELDS = ("gradient", "batch", "fisher")
 
 
-def main() -> None:
-    arguments = parse()
+def main(options: Sequence[str] | None = None) -> None:
+    arguments, start = parse(options), time.monotonic()
     path = arguments.output / "statistics.jsonl"
     places = [round(arguments.trajectory * i / max(arguments.points - 1, 1)) for i in range(arguments.points)]
     for task in arguments.tasks.split(","):
         missing = [place for place in places if (task, place) not in load(path)]
-        if missing:
+        if missing and (time.monotonic() - start) / 60 < arguments.minutes:
             for row in measure(task, places, missing, arguments):
                 ledger.append(path, row)
                 ratio = row["fisher_sum"] / max(row["gradient_sum"], 1e-30)
                 print(f"{task} step {row['step']}: loss {row['loss']:.4f}, G {row['gradient_sum']:.3g}, F/G {ratio:.1f}, "
                       f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
+                if (time.monotonic() - start) / 60 >= arguments.minutes:
+                    break
     found = load(path)
     tensors = {f"{task}/{step}/{field}": getattr(s, field).clone() for (task, step), s in found.items() for field in _FIELDS}
     names = json.dumps(next(iter(found.values())).names)
     save_file(tensors, arguments.output / "statistics.safetensors", metadata={"names": names})
 
 
-def parse() -> argparse.Namespace:
+def parse(options: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", required=True, help="folder or hub id of the model; demo: the one that comes with the package")
     parser.add_argument("--data", type=Path, required=True, help="folder with TASK/train.jsonl or TASK/train.jsonl.gz")
@@ -67,8 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256, help="tokens a row")
     parser.add_argument("--num-train", type=int, default=1000, help="training rows")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and order of the rows")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
     parser.add_argument("--output", type=Path, default=Path("runs/statistics"), help="folder for the results")
-    return parser.parse_args()
+    return parser.parse_args(options)
 
 
 def measure(task: str, places: list[int], missing: list[int], arguments: argparse.Namespace) -> Iterator[ledger.Row]:
@@ -103,25 +108,38 @@ def measure(task: str, places: list[int], missing: list[int], arguments: argpars
         with torch.no_grad():
             loss = sum(float(objective.on(model, part)()) for part in chosen) / len(chosen)
         found = collect_statistics(space, objective, chosen, row_norms_of=norms)
-        yield describe(task, place, loss, found, time.perf_counter() - start, arguments)
+        measured = {"blocks": found}
+        if isinstance(objective, CandidateCrossEntropy):
+            measured["without_prior"] = without_prior(space, objective, chosen, found)
+        yield describe(task, place, loss, measured, time.perf_counter() - start, arguments)
 
 
-def describe(task: str, step: int, loss: float, found: BlockStatistics, seconds: float, arguments: argparse.Namespace) -> ledger.Row:
+def describe(
+    task: str, step: int, loss: float, measured: dict[str, BlockStatistics], seconds: float, arguments: argparse.Namespace
+) -> ledger.Row:
     """What is measured, by name, and how."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("output", "tasks")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("output", "tasks", "minutes")}
+    found = measured["blocks"]
     sums = {f"{field}_sum": float(getattr(found, field).sum()) for field in _FIELDS}
-    blocks = {name: [float(getattr(found, field)[i]) for field in _FIELDS] for i, name in enumerate(found.names)}
+    blocks = {kind: {n: list(v) for n, *v in zip(s.names, *(getattr(s, f).tolist() for f in _FIELDS), strict=True)} for kind, s in measured.items()}
     how = {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
     return {"task": task, "step": step, "loss": loss, "rows": found.rows, "batch_size": found.batch_size, **sums,
-            "seconds": round(seconds, 2), "settings": settings, **how, "blocks": blocks}  # fmt: skip
+            "seconds": round(seconds, 2), "settings": settings, **how, **blocks}  # fmt: skip
 
 
-def load(path: Path) -> dict[tuple[str, int], BlockStatistics]:
-    """The statistics of a ledger, by task and step."""
+def load(path: Path, kind: str = "blocks") -> dict[tuple[str, int], BlockStatistics]:
+    """The statistics of a ledger, by task and step.
+
+    Args:
+        path: The ledger.
+        kind: ``blocks``: as the objective has them; ``without_prior``: without the preference for some answers, of tasks without
+            candidates the same as ``blocks``.
+    """
     out: dict[tuple[str, int], BlockStatistics] = {}
     for row in ledger.read(path):
-        fields = dict(zip(_FIELDS, torch.tensor(list(row["blocks"].values()), dtype=torch.float64).t().contiguous(), strict=True))
-        out[row["task"], row["step"]] = BlockStatistics(tuple(row["blocks"]), **fields, rows=row["rows"], batch_size=row["batch_size"])
+        blocks = row.get(kind, row["blocks"])
+        fields = dict(zip(_FIELDS, torch.tensor(list(blocks.values()), dtype=torch.float64).t().contiguous(), strict=True))
+        out[row["task"], row["step"]] = BlockStatistics(tuple(blocks), **fields, rows=row["rows"], batch_size=row["batch_size"])
     return out
 
 
