@@ -121,7 +121,10 @@ def describe(
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("output", "tasks", "minutes")}
     found = measured["blocks"]
     sums = {f"{field}_sum": float(getattr(found, field).sum()) for field in _FIELDS}
-    blocks = {kind: {n: list(v) for n, *v in zip(s.names, *(getattr(s, f).tolist() for f in _FIELDS), strict=True)} for kind, s in measured.items()}
+    blocks = {
+        kind: {n: list(v) for n, *v in zip(s.names, *(getattr(s, f).tolist() for f in _FIELDS), strict=True)}
+        for kind, s in measured.items()
+    }
     how = {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
     return {"task": task, "step": step, "loss": loss, "rows": found.rows, "batch_size": found.batch_size, **sums,
             "seconds": round(seconds, 2), "settings": settings, **how, **blocks}  # fmt: skip

@@ -1,11 +1,23 @@
 r"""The policies that a comparison needs, made from statistics of the blocks.
 
-    python -m benchmarks.make_policies --statistics runs/statistics/statistics.jsonl --pretrained FOLDER --out runs/policies
+    python -m benchmarks.make_policies --statistics runs/statistics/statistics.jsonl --pretrained FOLDER --out runs/policies --leave-out
 
 Controls: ``uniform``, ``untrained`` (the published network before its training), ``upper_half`` of the layers, ``closed_form``
-(:math:`\sigma_i^2 \propto G_i / F_i`). Candidates: ``power_2``, ``power_3`` (that ratio to a power: more concentrated), ``upper_ratio``
-(the ratio in the upper half alone), ``decrease`` (the largest expected decrease of a step). Beside them ``curvature.json`` has every
-block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures learning rates.
+(:math:`\sigma_i^2 \propto \rho_i = G_i / F_i`).
+
+Candidates from the same statistics: ``power_2``, ``power_3`` (that ratio to a power: more concentrated), ``upper_ratio`` (the ratio in the
+upper half alone), ``decrease`` (the largest expected decrease of a step).
+
+Candidates from statistics without the preference for some answers (zolightning.modules.prior), with :math:`d_i` elements,
+
+.. math:: \sigma_i^2 \propto \rho_i^\alpha\, (d_i / F_i)^\beta :
+
+``free_1``, ``free_2`` (:math:`\alpha = 1, 2`), ``element`` (:math:`\beta = \tfrac12`: what a step of Adam has in common for a block),
+``free_element`` (both), and ``learned_1``, ``learned_2``: :math:`\alpha = 1, 2`, :math:`\beta = \tfrac12`, where the ratio is a function of
+the block's features, learnt over the tasks (benchmarks.block_model); ``learned_flat``: that function alone.
+
+Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures learning rates.
+With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
 
 Tasks and places are averaged after each was divided by its own :math:`\sum_i F_i`, so that one with little signal says little.
 """
@@ -14,17 +26,39 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import block_model
 from benchmarks.collect_statistics import load
 from zolightning import DenseSpace
 from zolightning.models import load_model
 from zolightning.modules.statistics import BlockStatistics, mean_statistics
-from zolightning.policies import BlockInfo, Policy, Table, controls
+from zolightning.policies import BlockInfo, FeaturePolicy, Features, Policy, Table, controls
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What policies are made from.
+
+    Args:
+        blocks: Of the model.
+        features: What policies see of them, from the pretrained weights.
+        whole: Statistics as the objective has them, pooled.
+        free: Statistics without the preference for some answers, pooled.
+        ratios: Of those, ``G / F`` by task: float64, ``[tasks, blocks]``.
+    """
+
+    blocks: list[BlockInfo]
+    features: Features
+    whole: BlockStatistics
+    free: BlockStatistics
+    ratios: Tensor
 
 
 def pool(several: list[BlockStatistics]) -> BlockStatistics:
@@ -36,43 +70,90 @@ def pool(several: list[BlockStatistics]) -> BlockStatistics:
     return mean_statistics(scaled)
 
 
-def policies(blocks: list[BlockInfo], statistics: BlockStatistics) -> dict[str, Policy]:
+def sources(statistics: Path, tasks: Sequence[str], blocks: list[BlockInfo], features: Features) -> Sources:
+    """Read and pool the statistics of some tasks."""
+    whole, free = load(statistics), load(statistics, "without_prior")
+    by_task = [pool([value for (task, _), value in free.items() if task == wanted]) for wanted in tasks]
+    ratios = torch.stack([one.gradient.double() / one.fisher.double().clamp_min(1e-30) for one in by_task])
+    return Sources(blocks, features, pool([value for (task, _), value in whole.items() if task in tasks]), pool(by_task), ratios)
+
+
+def policies(given: Sources) -> dict[str, Policy]:
     """All of them by name."""
-    upper = controls.upper_half(blocks)
-    closed = controls.closed_form(blocks, statistics.by_name("gradient"), statistics.by_name("fisher"))
-    ratio = closed.values.detach().double().square()
+    upper = controls.upper_half(given.blocks)
+    closed = controls.closed_form(given.blocks, given.whole.by_name("gradient"), given.whole.by_name("fisher"))
+    ratio, above = closed.values.detach().double().square(), upper.values.detach().double()
+    free = (given.free.gradient.double() / given.free.fisher.double().clamp_min(1e-30)).clamp_min(0.0)
+    sizes = torch.tensor([block.numel for block in given.blocks], dtype=torch.float64)
+    element = (sizes / given.free.fisher.double().clamp_min(1e-30)).sqrt()
 
     def table(multipliers: Tensor) -> Table:
-        return Table.of(blocks, (multipliers / multipliers.max()).sqrt().float())
+        return Table.of(given.blocks, (multipliers / multipliers.max()).sqrt().float())
 
     return {
         "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": upper, "closed_form": closed,
-        "power_2": table(ratio**2), "power_3": table(ratio**3), "upper_ratio": table(ratio * upper.values.detach().double()),
-        "decrease": table(statistics.decrease_scales().square()),
+        "power_2": table(ratio**2), "power_3": table(ratio**3), "upper_ratio": table(ratio * above),
+        "decrease": table(given.whole.decrease_scales().square()),
+        "free_1": table(free), "free_2": table(free**2), "element": table(element), "free_element": table(free * element),
+        "learned_1": learned(given, 1.0, element.log()), "learned_2": learned(given, 2.0, element.log()),
+        "learned_flat": learned(given, 1.0, torch.zeros_like(element)),
     }  # fmt: skip
 
 
-def main() -> None:
+def learned(given: Sources, power: float, own: Tensor) -> FeaturePolicy:
+    """The function of the features that was learnt over the tasks, to a power, times something of each block's own.
+
+    Args:
+        given: Statistics and features.
+        power: Of the learnt ratio.
+        own: Logarithm of each block's own factor on the squared scale: ``[blocks]``; what features explain of it becomes part of the
+            function, so that other models get that much.
+    """
+    x = given.features.standard().double()
+    x[:, -2:] = 0.0  # loss and progress: the statistics do not tell them apart
+    weights = power * block_model.fit(given.ratios, x, block_model.choose_ridge(given.ratios, x)) + block_model.least_squares(own, x)
+    rest = own - x @ block_model.least_squares(own, x)
+    policy = FeaturePolicy(hidden=0, offset=bool(rest.abs().max() > 1e-9)).bind(given.blocks)
+    with torch.no_grad():
+        policy.weight_out.copy_((weights / 2).float())
+        if policy.offset:
+            policy.offsets.copy_((rest / 2).float())
+    return policy
+
+
+def write(folder: Path, given: Sources, about: dict[str, Any]) -> None:
+    """All policies of one set of tasks, and the shares of curvature."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, policy in policies(given).items():
+        bound = policy.bind(given.blocks)
+        bound.base_model, bound.trained = about["base_model"], {**about["trained"], "rule": name}
+        bound.save_pretrained(folder / f"{name}.safetensors")
+    (folder / "curvature.json").write_text(
+        json.dumps(given.whole.by_name("fisher")), encoding="utf-8"
+    )  # last: its presence says that the folder is whole
+
+
+def main(options: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--statistics", type=Path, required=True, help="ledger of benchmarks.collect_statistics")
-    parser.add_argument("--pretrained", required=True, help="the model: its blocks' shapes")
+    parser.add_argument("--pretrained", required=True, help="the model: its blocks' shapes and weights")
     parser.add_argument("--tasks", help="tasks to use, by commas; without it all of the ledger")
+    parser.add_argument("--leave-out", action="store_true", help="also a folder for each task, made without it")
     parser.add_argument("--out", type=Path, default=Path("runs/policies"), help="folder for the files")
-    arguments = parser.parse_args()
-    found = load(arguments.statistics)
-    wanted = arguments.tasks.split(",") if arguments.tasks else sorted({task for task, _ in found})
-    statistics = pool([value for (task, _), value in found.items() if task in wanted])
+    arguments = parser.parse_args(options)
+    wanted = arguments.tasks.split(",") if arguments.tasks else list(dict.fromkeys(task for task, _ in load(arguments.statistics)))
     space = DenseSpace(load_model(arguments.pretrained, "bfloat16"))
     blocks = [BlockInfo(block.name, tuple(block.tensor.shape)) for block in space.blocks]
-    shares = statistics.by_name("fisher")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "curvature.json").write_text(json.dumps(shares), encoding="utf-8")
-    for name, policy in policies(blocks, statistics).items():
-        bound = policy.bind(blocks)
-        bound.base_model = Path(arguments.pretrained).name
-        bound.trained = {"statistics": str(arguments.statistics), "tasks": wanted, "rule": name}
-        bound.save_pretrained(arguments.out / f"{name}.safetensors")
-    print(f"{len(blocks)} blocks, {statistics.rows} rows of {', '.join(wanted)}: {arguments.out}")
+    features = Features(blocks)
+    features.measure(block.tensor for block in space.blocks)
+    sets = {"": wanted}
+    if arguments.leave_out:
+        sets |= {f"without_{task}": [other for other in wanted if other != task] for task in wanted}
+    for name, tasks in sets.items():
+        given = sources(arguments.statistics, tasks, blocks, features)
+        about = {"base_model": Path(arguments.pretrained).name, "trained": {"statistics": arguments.statistics.name, "tasks": tasks}}
+        write(arguments.out / name, given, about)
+        print(f"{len(blocks)} blocks, {given.whole.rows} rows of {', '.join(tasks)}: {arguments.out / name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 def write(settings: dict[str, Any], run: grid.Run, loss: float) -> None:
     """Pretend that a run has ended."""
-    row = {name: getattr(run, name) for name in grid._FIELDS} | {"final": True, "loss": loss, "loss_corrected": loss}
+    row = {name: getattr(run, name) for name in grid.FIELDS} | {"final": True, "loss": loss, "loss_corrected": loss}
     ledger.append(Path(settings["ledger"]), row)
 
 
@@ -46,7 +46,7 @@ def test_grid_searches_then_adds_an_edge_then_runs(tmp_path: Path) -> None:
     assert (edge.stage, edge.method, edge.lr) == ("search", "a", 0.1)
     write(settings, edge, loss=0.5)
     finals = [(run.stage, run.method, run.seed, run.lr) for run in grid.next_runs(settings)]
-    assert finals == [("final", "a", 0, 0.1), ("final", "a", 1, 0.1), ("final", "b", 0, 0.1)]
+    assert finals == [("final", "a", 0, 0.1), ("final", "b", 0, 0.1), ("final", "a", 1, 0.1)]
 
 
 def test_grid_resumes(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ def batches(candidates: int) -> list[dict[str, Tensor]]:
     for seed in range(BATCHES):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, 60, (ROWS, 6), generator=generator)
-        own = {"candidates": torch.arange(5, 5 + candidates).repeat(ROWS, 1), "label": torch.randint(candidates, (ROWS,), generator=generator)}
+        own = {
+            "candidates": torch.arange(5, 5 + candidates).repeat(ROWS, 1),
+            "label": torch.randint(candidates, (ROWS,), generator=generator),
+        }
         out.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **own})
     return out
 
