@@ -16,7 +16,7 @@ Candidates from statistics without the preference for some answers (zolightning.
 ``free_element`` (both), and ``learned_1``, ``learned_2``: :math:`\alpha = 1, 2`, :math:`\beta = \tfrac12`, where the ratio is a function of
 the block's features, learnt over the tasks (benchmarks.block_model); ``learned_flat``: that function alone.
 
-Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures learning rates.
+Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
 
 Tasks and places are averaged after each was divided by its own :math:`\sum_i F_i`, so that one with little signal says little.
