@@ -61,7 +61,7 @@ def parse(options: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with TASK/train.jsonl or TASK/train.jsonl.gz")
     parser.add_argument("--tasks", required=True, help="short names, by commas")
     parser.add_argument("--rows", type=int, default=16, help="rows a batch")
-    parser.add_argument("--batches", type=int, default=16, help="batches at each place")
+    parser.add_argument("--batches", type=int, default=16, help="batches at each place, an epoch at most")
     parser.add_argument("--together", type=int, default=16, help="rows whose own gradients are taken in one backward")
     parser.add_argument("--biases", choices=("fitted", "none"), default="fitted", help="candidate biases refitted at each place")
     parser.add_argument("--trajectory", type=int, default=0, help="steps of the teacher")
@@ -80,10 +80,9 @@ def measure(task: str, places: list[int], missing: list[int], arguments: argpars
     """One row for each missing place on the path of a task."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(arguments.pretrained, arguments.dtype, device)
-    file = next(path for name in ("train.jsonl", "train.jsonl.gz") if (path := arguments.data / task / name).exists())
     data = TaskDataModule(
-        task, str(file), batch_size=arguments.rows, num_train=arguments.num_train, num_validation=32, max_length=arguments.max_length,
-        seed=arguments.seed, tokenizer=load_tokenizer(arguments.pretrained),
+        task, str(train_file(arguments.data, task)), batch_size=arguments.rows, num_train=arguments.num_train, num_validation=32,
+        max_length=arguments.max_length, seed=arguments.seed, tokenizer=load_tokenizer(arguments.pretrained),
     )  # fmt: skip
     data.setup("fit")
     space, objective = DenseSpace(model), OBJECTIVES[data.objective]()
@@ -93,6 +92,9 @@ def measure(task: str, places: list[int], missing: list[int], arguments: argpars
     def batch(t: int) -> Any:
         return move_data_to_device(data.train_batch(t), device)
 
+    # A row that comes twice would count as a pair of different rows, so the rows of a place are of one epoch.
+    epoch = len(data.train_examples) // arguments.rows
+    batches, after = min(arguments.batches, epoch), -(-arguments.trajectory // epoch)
     step = 0
     for number, place in enumerate(places):
         while step < place:
@@ -100,11 +102,11 @@ def measure(task: str, places: list[int], missing: list[int], arguments: argpars
             step += 1
         if place not in missing:
             continue
-        start, first = time.perf_counter(), arguments.trajectory + number * arguments.batches  # rows that no other place has seen
+        start, first = time.perf_counter(), (after + number) * epoch
         if arguments.biases == "fitted" and isinstance(objective, CandidateCrossEntropy):
             objective.biases = None
             objective.biases = fitted_biases(model, data.val_dataloader()[CALIBRATION], device)
-        chosen = [batch(first + i) for i in range(arguments.batches)]
+        chosen = [batch(first + i) for i in range(batches)]
         with torch.no_grad():
             loss = sum(float(objective.on(model, part)()) for part in chosen) / len(chosen)
         found = collect_statistics(space, objective, chosen, row_norms_of=norms)
@@ -112,6 +114,11 @@ def measure(task: str, places: list[int], missing: list[int], arguments: argpars
         if isinstance(objective, CandidateCrossEntropy):
             measured["without_prior"] = without_prior(space, objective, chosen, found)
         yield describe(task, place, loss, measured, time.perf_counter() - start, arguments)
+
+
+def train_file(data: Path, task: str) -> Path:
+    """The training rows of a task in a data folder."""
+    return next(path for name in ("train.jsonl", "train.jsonl.gz") if (path := data / task / name).exists())
 
 
 def describe(
