@@ -44,8 +44,8 @@ def main(options: Sequence[str] | None = None) -> None:
         if missing and (time.monotonic() - start) / 60 < arguments.minutes:
             for row in measure(task, places, missing, arguments):
                 ledger.append(path, row)
-                ratio = row["fisher_sum"] / max(row["gradient_sum"], 1e-30)
-                print(f"{task} step {row['step']}: loss {row['loss']:.4f}, G {row['gradient_sum']:.3g}, F/G {ratio:.1f}, "
+                ratio = row["gradient_sum"] / row["fisher_sum"]
+                print(f"{task} step {row['step']}: loss {row['loss']:.4f}, G {row['gradient_sum']:.3g}, G/F {ratio:.2g}, "
                       f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
                 if (time.monotonic() - start) / 60 >= arguments.minutes:
                     break
