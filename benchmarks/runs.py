@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,7 +68,9 @@ def execute(run: Run) -> str:
         except RuntimeError as error:
             if not (isinstance(error, torch.linalg.LinAlgError) or "not finite" in str(error)):
                 raise
-            figures, diverged = {"loss": float("nan"), "loss_corrected": float("nan")}, str(error).splitlines()[0]
+            figures, diverged = {"loss": math.nan}, str(error).splitlines()[0]
+        if not (diverged or math.isfinite(figures["loss"])):
+            figures, diverged = {"loss": math.nan}, "the validation loss is not finite"
         row = {name: getattr(run, name) for name in FIELDS} | {"forwards": stepper.forwards, "tokens": tokens, "seconds": round(seconds, 2)}
         row |= {"metric": data.metric, **{name: round(value, 6) for name, value in figures.items()}}
         row |= {"final": bool(diverged) or target == run.forwards_asked}
