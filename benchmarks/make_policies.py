@@ -8,13 +8,13 @@ Controls: ``uniform``, ``untrained`` (the published network before its training)
 Candidates from the same statistics: ``power_2``, ``power_3`` (that ratio to a power: more concentrated), ``upper_ratio`` (the ratio in the
 upper half alone), ``decrease`` (the largest expected decrease of a step).
 
-Candidates from statistics without the preference for some answers (zolightning.modules.prior), with :math:`d_i` elements,
+Candidates from statistics without the preference for some answers (zolightning.modules.prior): ``free_1``, ``free_2`` (that ratio, to a
+power), ``free_upper`` (in the upper half alone), ``element`` (:math:`\sigma_i^2 \propto \sqrt{d_i / F_i}` with :math:`d_i` elements:
+what a step of Adam has in common for a block), ``horizon_10``, ``horizon_100`` (the largest expected decrease over a horizon of steps: a
+block's gain ends when its gradient is used up, so longer horizons spread the scales).
 
-.. math:: \sigma_i^2 \propto \rho_i^\alpha\, (d_i / F_i)^\beta :
-
-``free_1``, ``free_2`` (:math:`\alpha = 1, 2`), ``element`` (:math:`\beta = \tfrac12`: what a step of Adam has in common for a block),
-``free_element`` (both), and ``learned_1``, ``learned_2``: :math:`\alpha = 1, 2`, :math:`\beta = \tfrac12`, where the ratio is a function of
-the block's features, learnt over the tasks (benchmarks.block_model); ``learned_flat``: that function alone.
+Candidates in which the ratio is a function of the block's features, learnt over the tasks (benchmarks.block_model): ``flat_1``, ``flat_2``
+(that function to a power), ``learned_1``, ``learned_2`` (times ``element``), ``learned_horizon`` (the largest decrease by its ratios).
 
 Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
@@ -40,6 +40,8 @@ from zolightning import DenseSpace
 from zolightning.models import load_model
 from zolightning.modules.statistics import BlockStatistics, mean_statistics
 from zolightning.policies import BlockInfo, FeaturePolicy, Features, Policy, Table, controls
+
+_LEAST = 1e-3  # signal for curvature where the sum over all blocks is lost in noise
 
 
 @dataclass(frozen=True)
@@ -83,39 +85,50 @@ def policies(given: Sources) -> dict[str, Policy]:
     upper = controls.upper_half(given.blocks)
     closed = controls.closed_form(given.blocks, given.whole.by_name("gradient"), given.whole.by_name("fisher"))
     ratio, above = closed.values.detach().double().square(), upper.values.detach().double()
-    free = (given.free.gradient.double() / given.free.fisher.double().clamp_min(1e-30)).clamp_min(0.0)
-    sizes = torch.tensor([block.numel for block in given.blocks], dtype=torch.float64)
-    element = (sizes / given.free.fisher.double().clamp_min(1e-30)).sqrt()
+    fisher = given.free.fisher.double().clamp_min(1e-30)
+    free = (given.free.gradient.double() / fisher).clamp_min(0.0)
+    element = (torch.tensor([block.numel for block in given.blocks], dtype=torch.float64) / fisher).sqrt()
+    nothing = torch.zeros_like(element)
+    x = given.features.standard().double()
+    x[:, -2:] = 0.0  # loss and progress: the statistics do not tell them apart
+    weights = block_model.fit(given.ratios, x, block_model.choose_ridge(given.ratios, x))
+    shape = fisher * (x @ weights).exp()
+    signal = max(float(given.free.gradient.sum()), _LEAST * float(fisher.sum()))
+    smooth = replace(given.free, gradient=shape * signal / shape.sum())
 
     def table(multipliers: Tensor) -> Table:
         return Table.of(given.blocks, (multipliers / multipliers.max()).sqrt().float())
+
+    def horizon(statistics: BlockStatistics, steps: float) -> Table:
+        return table(statistics.decrease_scales(steps).square())  # what one step loses along the gradient, so many times over
 
     return {
         "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": upper, "closed_form": closed,
         "power_2": table(ratio**2), "power_3": table(ratio**3), "upper_ratio": table(ratio * above),
         "decrease": table(given.whole.decrease_scales().square()),
-        "free_1": table(free), "free_2": table(free**2), "element": table(element), "free_element": table(free * element),
-        "learned_1": learned(given, 1.0, element.log()), "learned_2": learned(given, 2.0, element.log()),
-        "learned_flat": learned(given, 1.0, torch.zeros_like(element)),
+        "free_1": table(free), "free_2": table(free**2), "free_upper": table(free * above), "element": table(element),
+        "horizon_10": horizon(given.free, 10), "horizon_100": horizon(given.free, 100),
+        "flat_1": learned(given.blocks, x, weights, nothing), "flat_2": learned(given.blocks, x, 2 * weights, nothing),
+        "learned_1": learned(given.blocks, x, weights, element.log()), "learned_2": learned(given.blocks, x, 2 * weights, element.log()),
+        "learned_horizon": horizon(smooth, 30),
     }  # fmt: skip
 
 
-def learned(given: Sources, power: float, own: Tensor) -> FeaturePolicy:
-    """The function of the features that was learnt over the tasks, to a power, times something of each block's own.
+def learned(blocks: list[BlockInfo], features: Tensor, weights: Tensor, own: Tensor) -> FeaturePolicy:
+    """A function of the features, times something of each block's own.
 
     Args:
-        given: Statistics and features.
-        power: Of the learnt ratio.
+        blocks: The blocks.
+        features: float64, ``[blocks, columns]``.
+        weights: Of the logarithm of the squared scale: ``[columns]``.
         own: Logarithm of each block's own factor on the squared scale: ``[blocks]``; what features explain of it becomes part of the
             function, so that other models get that much.
     """
-    x = given.features.standard().double()
-    x[:, -2:] = 0.0  # loss and progress: the statistics do not tell them apart
-    weights = power * block_model.fit(given.ratios, x, block_model.choose_ridge(given.ratios, x)) + block_model.least_squares(own, x)
-    rest = own - x @ block_model.least_squares(own, x)
-    policy = FeaturePolicy(hidden=0, offset=bool(rest.abs().max() > 1e-9)).bind(given.blocks)
+    explained = block_model.least_squares(own, features)
+    rest = own - features @ explained
+    policy = FeaturePolicy(hidden=0, offset=bool(rest.abs().max() > 1e-9)).bind(blocks)
     with torch.no_grad():
-        policy.weight_out.copy_((weights / 2).float())
+        policy.weight_out.copy_(((weights + explained) / 2).float())
         if policy.offset:
             policy.offsets.copy_((rest / 2).float())
     return policy

@@ -144,8 +144,8 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=48, help="of 16 rows, at each place of the statistics")
     parser.add_argument("--trajectory", type=int, default=100, help="steps of the statistics' teacher")
     parser.add_argument("--points", type=int, default=3, help="places on its path")
-    parser.add_argument("--published", nargs="*", default=[], help="more options of the published recipe's run")
-    parser.add_argument("--derive", nargs="*", default=[], help="more options of benchmarks.derive")
+    parser.add_argument("--published", nargs="*", action="extend", default=[], help="more options of the published recipe's run")
+    parser.add_argument("--derive", nargs="*", action="extend", default=[], help="more options of benchmarks.derive")
     pipeline = Pipeline(parser.parse_args(options))
     print("all is done" if pipeline.stages() else f"to be continued; {pipeline.left:.1f} min were left", flush=True)
 

@@ -54,6 +54,10 @@ def test_policies(made: Path) -> None:
         "upper_ratio",
         "power_3",
         "decrease",
+        "free_2",
+        "horizon_100",
+        "learned_1",
+        "learned_horizon",
     }
 
 
