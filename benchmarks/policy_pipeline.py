@@ -26,8 +26,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import choose, collect_statistics, derive, grid, make_policies
+from benchmarks.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 GRIDS = ROOT / "benchmarks" / "grids"
@@ -101,8 +103,8 @@ class Pipeline:
         return self._ended(config)
 
     @staticmethod
-    def _ended(config: dict[str, object]) -> bool:
-        return grid.outlook(config, grid.finished(config))[0] == 0
+    def _ended(config: dict[str, Any]) -> bool:
+        return not any(Plan(config).left())
 
     def choose(self) -> bool:
         """Choose ours; whether the choice is frozen."""

@@ -14,6 +14,7 @@ import yaml
 from runs import FILMS, QUESTIONS, write_rows
 
 from benchmarks import grid, ledger
+from benchmarks.plan import Plan
 from benchmarks.runs import FIELDS, Run, execute
 from benchmarks.times import FIXED, estimate
 
@@ -42,7 +43,7 @@ def valley(run: Run) -> float:
 def finish(settings: dict[str, Any], loss: Callable[[Run], float]) -> list[tuple[Any, ...]]:
     """Run everything, one after another, as far as it goes; the order by stage, method, task, seed and rate."""
     order = []
-    while runs := grid.next_runs(settings):
+    while runs := Plan(settings).next_runs():
         order.append((runs[0].stage, runs[0].method, runs[0].task, runs[0].seed, runs[0].lr))
         end(settings, runs[0], loss(runs[0]))
     return order
@@ -61,7 +62,7 @@ def test_order(tmp_path: Path) -> None:
     assert [cell[2] for cell in order[4:]] == ["t"] * 11 + ["s"] * 11
     assert [cell[0] for cell in order[4:15]] == ["search"] * 6 + ["final"] * 5
     assert [(cell[1], cell[3]) for cell in order[10:15]] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("b", 2)]
-    assert grid.outlook(settings, grid.finished(settings)) == (0, 0.0)
+    assert Plan(settings).outlook() == (0, 0.0)
 
 
 def test_an_end_that_wins_adds_a_point_for_all(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_screening(tmp_path: Path) -> None:
 def test_methods_of_a_task(tmp_path: Path) -> None:
     """``{task}`` in an argument is the task's name; a method may have its own budget."""
     settings = config(tmp_path, a={"build": "x", "forwards": 7, "arguments": {"policy": "without_{task}/p", "queries": 1}})
-    run = next(run for run in grid.next_runs(settings) if (run.method, run.task) == ("a", "t"))
+    run = next(run for run in Plan(settings).next_runs() if (run.method, run.task) == ("a", "t"))
     assert run.settings["method"]["arguments"] == {"policy": "without_t/p", "queries": 1}
     assert run.forwards_asked == 7
 
@@ -98,7 +99,7 @@ def test_estimates(tmp_path: Path) -> None:
     settings = config(tmp_path, a={"build": "x"}, b={"build": "x"})
 
     def run(method: str, task: str = "t") -> Run:
-        return grid.make_run(settings, "final", method, "m", task, 0, 2.0)
+        return Plan(settings).run("final", (method, "m", task), 0, 2.0)
 
     assert estimate(run("a"), [], settings) == FIXED + 100
     assert estimate(run("adam"), [], settings) == FIXED + 200
@@ -119,13 +120,13 @@ def test_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     pool = SimpleNamespace(Pool=lambda workers, maxtasksperchild: ThreadPool(workers))
     monkeypatch.setattr(grid.multiprocessing, "get_context", lambda kind: pool)
     assert grid.run_all(settings, 2, minutes=0.05) == 0
-    assert not grid.finished(settings)
+    assert not Plan(settings).done
     settings["seconds"] = {"s": 0, "t": 1e6}
     grid.run_all(settings, 2, minutes=0.5)
-    assert {key[3] for key in grid.finished(settings)} == {"s"}
+    assert {key[3] for key in Plan(settings).done} == {"s"}
     settings["seconds"]["t"] = 0
     grid.run_all(settings, 2, minutes=0.5)
-    assert grid.outlook(settings, grid.finished(settings))[0] == 0
+    assert Plan(settings).outlook()[0] == 0
     assert "0 runs are left" in capsys.readouterr().out
 
 
@@ -144,13 +145,13 @@ def test_runs(tmp_path: Path, tiny_folder: str) -> None:
         "search": {"seed": 9, "forwards": 4, "lrs": [1e-3], "factor": 2}, "final": {"seeds": [0], "forwards": 8, "evaluations": 2},
     }))  # fmt: skip
     for method, task, lr in (("exact", "sst2", 1e-3), ("adam", "sst2", 1e-3), ("exact", "squad", 1e-3), ("adam", "sst2", 1e30)):
-        execute(grid.make_run(settings, "final", method, "tiny", task, 0, lr))
+        execute(Plan(settings).run("final", (method, "tiny", task), 0, lr))
     rows = ledger.read(tmp_path / "l.jsonl")
     assert [row["forwards"] for row in rows[:9]] == [0, 4, 8] * 3
     assert all({"loss", "loss_corrected", "accuracy", "accuracy_corrected", "constant_loss"} <= row.keys() for row in rows[:6])
     assert ["f1" in row for row in rows[6:9]] == [True, False, True]
     assert [row["final"] for row in rows[:9]] == [False, False, True] * 3
     assert (rows[-1]["final"], math.isnan(rows[-1]["loss"]), "diverged" in rows[-1]) == (True, True, True)
-    execute(grid.make_run(settings, "search", "exact", "tiny", "sst2", 9, 1e-3))
+    execute(Plan(settings).run("search", ("exact", "tiny", "sst2"), 9, 1e-3))
     (found,) = ledger.read(tmp_path / "l.jsonl")[len(rows) :]
     assert (found["stage"], found["forwards"], found["final"]) == ("search", 4, True)
