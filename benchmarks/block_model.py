@@ -40,10 +40,10 @@ def fit(ratios: Tensor, features: Tensor, ridge: float, steps: int = 300) -> Ten
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = missed(ratios, x @ weights).sum() / whole + ridge * weights.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     out = torch.zeros(features.shape[1], dtype=torch.float64)
     out[varies] = weights.detach()
     return out

@@ -41,7 +41,8 @@ def headroom(rows: list[ledger.Row], method: str = "adam") -> dict[str, Headroom
         if row["final"]:
             constant = row.get("constant_loss")
             reference = constant if constant is not None else untrained.get((row["task"], row["seed"]), math.nan)
-            found.setdefault(row["task"], []).append(Headroom(row.get("loss_corrected", row["loss"]), reference, constant is not None))
+            adam = float(row.get("loss_corrected", row["loss"]))
+            found.setdefault(row["task"], []).append(Headroom(adam, float(reference), constant is not None))
     return {
         task: Headroom(sum(h.adam for h in several) / len(several), sum(h.reference for h in several) / len(several), several[0].constant)
         for task, several in found.items()

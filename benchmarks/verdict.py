@@ -35,10 +35,10 @@ def curves(rows: Iterable[ledger.Row]) -> dict[str, dict[Pair, list[Point]]]:
         key = (row["method"], row["task"], row["seed"], row["lr"])
         if row["forwards"] == 0:
             found[key] = []  # a run that starts again
-        name, loss = row["metric"], row["loss"]
-        raw = row.get(name, math.nan)
-        loss_of = {"raw": loss, "corrected": row.get("loss_corrected", loss)}
-        found[key].append(Point(row["forwards"], loss_of, {"raw": raw, "corrected": row.get(f"{name}_corrected", raw)}))
+        loss, metric = float(row["loss"]), float(row.get(row["metric"], math.nan))
+        of_loss = {"raw": loss, "corrected": float(row.get("loss_corrected", loss))}
+        of_metric = {"raw": metric, "corrected": float(row.get(f"{row['metric']}_corrected", metric))}
+        found[key].append(Point(row["forwards"], of_loss, of_metric))
         if row["final"]:
             ended[row["method"]][row["task"], row["seed"]] = found[key]
     return dict(ended)
