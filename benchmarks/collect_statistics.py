@@ -147,7 +147,7 @@ def load(path: Path, kind: str = "blocks") -> dict[tuple[str, int], BlockStatist
     """
     out: dict[tuple[str, int], BlockStatistics] = {}
     for row in ledger.read(path):
-        blocks = row.get(kind, row["blocks"])
+        blocks: dict[str, list[float]] = row[kind if kind in row else "blocks"]
         fields = dict(zip(_FIELDS, torch.tensor(list(blocks.values()), dtype=torch.float64).t().contiguous(), strict=True))
         out[row["task"], row["step"]] = BlockStatistics(tuple(blocks), **fields, rows=row["rows"], batch_size=row["batch_size"])
     return out

@@ -165,10 +165,8 @@ def main(options: Sequence[str] | None = None) -> None:
                "headroom": plain.pop("headroom"), "verdict": plain}  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text = report(found)
-    arguments.out.with_suffix(".md").write_text(
-        "\n".join(["<!-- Written by benchmarks/compare.py. -->", "", *text]) + "\n", encoding="utf-8"
-    )
+    text = "\n".join(report(found)) + "\n"
+    arguments.out.with_suffix(".md").write_text("<!-- Written by benchmarks/compare.py. -->\n\n" + text, encoding="utf-8")
     picture(found, arguments.out.with_suffix(".png"))
     print(text, end="")
 

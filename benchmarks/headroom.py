@@ -39,10 +39,10 @@ def headroom(rows: list[ledger.Row], method: str = "adam") -> dict[str, Headroom
         if row["forwards"] == 0:
             untrained[row["task"], row["seed"]] = row["loss"]
         if row["final"]:
-            constant = row.get("constant_loss")
-            reference = constant if constant is not None else untrained.get((row["task"], row["seed"]), math.nan)
-            adam = float(row.get("loss_corrected", row["loss"]))
-            found.setdefault(row["task"], []).append(Headroom(adam, float(reference), constant is not None))
+            constant = row.get("constant_loss") is not None
+            reference = row["constant_loss"] if constant else untrained.get((row["task"], row["seed"]), math.nan)
+            adam = row["loss_corrected"] if "loss_corrected" in row else row["loss"]
+            found.setdefault(row["task"], []).append(Headroom(adam, reference, constant))
     return {
         task: Headroom(sum(h.adam for h in several) / len(several), sum(h.reference for h in several) / len(several), several[0].constant)
         for task, several in found.items()

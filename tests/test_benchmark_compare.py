@@ -85,7 +85,7 @@ def test_loses(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> 
     assert half["low"] == pytest.approx(1 - 0.79 / 0.6)
     assert not found["forwards_hold"]
     assert not found["metric_holds"]
-    assert "**no**" in capsys.readouterr().out
+    assert "| half | raw | -0.097 | -0.317 to +0.122 | 2 of 4 | **no** |" in capsys.readouterr().out.splitlines()
 
 
 def test_nothing_is_invented(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
