@@ -1,22 +1,75 @@
-r"""Signal for curvature as one function of a block's features, learnt over tasks.
+r"""Signal for curvature as a function of a block's features and a number of its own, learnt over tasks.
 
-A block's own :math:`\rho_i = G_i / F_i` is noisier than the differences between blocks, and differs from task to task. What carries over
-to a new task is what kinds and depths have in common. So the ratios of all tasks are fitted by
+A block's own :math:`\rho_{t,i} = G_i / F_i` on a task is noisy, and differs from task to task. What a new task can be expected to have is
 
-.. math:: \rho_{t,i} \approx s_t\, e^{w^\top x_i}, \qquad s_t \ge 0,
+.. math:: \rho_{t,i} \approx s_t\, v_i, \qquad v_i = f_i + \kappa\, (m_i - f_i), \qquad f_i = e^{w^\top x_i},
 
-by least squares with a ridge on ``w``: shrinkage towards equal ratios. Tasks without signal say little, ratios below zero are welcome. The
-ridge is the one that predicts a task best from the other ones.
+where ``f`` is fitted to all tasks by least squares with a ridge on ``w``, ``m`` are the blocks' own means, and :math:`s_t \ge 0` is how
+much signal a task has at all: tasks without any say nothing. Ridge and :math:`\kappa` shrink towards what blocks have in common; those are
+taken that predict a task best from the other ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FLOOR = 0.05  # share of the common function below which no block falls
+
+
+@dataclass(frozen=True)
+class BlockModel:
+    """What was learnt.
+
+    Args:
+        weights: Of the features, in the logarithm: float64, ``[columns]``.
+        ratios: The blocks' ratios, up to a common factor: float64, ``[blocks]``, positive.
+        ridge: Price of a squared weight.
+        share: How much of a block's own mean counts.
+    """
+
+    weights: Tensor
+    ratios: Tensor
+    ridge: float
+    share: float
+
+
+def learn(ratios: Tensor, features: Tensor) -> BlockModel:
+    """Fit, with the ridge and the share that all tasks but one predict that one best with; of one task alone the strongest ridge and half.
+
+    Args:
+        ratios: Of tasks and blocks: float64, ``[tasks, blocks]``.
+        features: Of blocks: float64, ``[blocks, columns]``.
+    """
+    ridge, share = max(RIDGES), 0.5
+    if len(ratios) > 1:
+        found: dict[tuple[float, float], float] = defaultdict(float)
+        for task in range(len(ratios)):
+            others = torch.cat([ratios[:task], ratios[task + 1 :]])
+            for one in RIDGES:
+                logarithm = features @ fit(others, features, one)
+                for part in SHARES:
+                    shape = combined(others, logarithm, part)
+                    along = float(ratios[task] @ shape / shape.norm())
+                    found[one, part] += along * abs(along)  # what points the other way counts against: noise gains nothing on average
+        ridge, share = max(found, key=found.__getitem__)
+    weights = fit(ratios, features, ridge)
+    return BlockModel(weights, combined(ratios, features @ weights, share), ridge, share)
+
+
+def combined(ratios: Tensor, logarithm: Tensor, share: float) -> Tensor:
+    """The function of the features and the blocks' own means, ``[blocks]``, positive."""
+    common = logarithm.exp()
+    signal = (ratios @ common).clamp_min(0.0) / common.square().sum()  # [tasks]
+    if not bool(signal.any()):
+        return common
+    own = signal @ ratios / signal.square().sum()
+    return torch.maximum(common + share * (own - common), _FLOOR * common)
 
 
 def fit(ratios: Tensor, features: Tensor, ridge: float, steps: int = 300) -> Tensor:
@@ -53,25 +106,3 @@ def missed(ratios: Tensor, logarithm: Tensor) -> Tensor:
     """Squares that are left of each task's ratios with its best scale: ``[tasks]``."""
     shape = (logarithm - logarithm.max()).exp()
     return ratios.square().sum(1) - (ratios @ shape).clamp_min(0.0).square() / shape.square().sum()
-
-
-def choose_ridge(ratios: Tensor, features: Tensor, ridges: Sequence[float] = RIDGES) -> float:
-    """The ridge with which all tasks but one predict that one best; the largest where there is one task alone."""
-    tasks = range(len(ratios))
-    if len(ratios) < 2:
-        return max(ridges)
-
-    def error(ridge: float) -> float:
-        total = 0.0
-        for left_out in tasks:
-            weights = fit(ratios[[task for task in tasks if task != left_out]], features, ridge)
-            total += float(missed(ratios[left_out : left_out + 1], features @ weights))
-        return total
-
-    return min(ridges, key=error)
-
-
-def least_squares(values: Tensor, features: Tensor, ridge: float = 1e-6) -> Tensor:
-    """Weights of a linear fit, columns that are equal for all blocks included: float64, ``[columns]``."""
-    gram = features.T @ features + ridge * len(features) * torch.eye(features.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(gram, features.T @ values)

@@ -13,8 +13,9 @@ power), ``free_upper`` (in the upper half alone), ``element`` (:math:`\sigma_i^2
 what a step of Adam has in common for a block), ``horizon_10``, ``horizon_100`` (the largest expected decrease over a horizon of steps: a
 block's gain ends when its gradient is used up, so longer horizons spread the scales).
 
-Candidates in which the ratio is a function of the block's features, learnt over the tasks (benchmarks.block_model): ``flat_1``, ``flat_2``
-(that function to a power), ``learned_1``, ``learned_2`` (times ``element``), ``learned_horizon`` (the largest decrease by its ratios).
+Candidates in which the ratio is learnt over the tasks, as a function of the block's features and a number of its own, shrunk as much as
+predicts a task best from the others (benchmarks.block_model): ``learned_2``, ``learned_4`` (to a power), ``learned_horizon_10``,
+``learned_horizon_30``, ``learned_horizon_100`` (the largest decrease by these ratios).
 
 Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import block_model
+from benchmarks.block_model import BlockModel
 from benchmarks.collect_statistics import load
 from zolightning import DenseSpace
 from zolightning.models import load_model
@@ -88,13 +90,11 @@ def policies(given: Sources) -> dict[str, Policy]:
     fisher = given.free.fisher.double().clamp_min(1e-30)
     free = (given.free.gradient.double() / fisher).clamp_min(0.0)
     element = (torch.tensor([block.numel for block in given.blocks], dtype=torch.float64) / fisher).sqrt()
-    nothing = torch.zeros_like(element)
     x = given.features.standard().double()
     x[:, -2:] = 0.0  # loss and progress: the statistics do not tell them apart
-    weights = block_model.fit(given.ratios, x, block_model.choose_ridge(given.ratios, x))
-    shape = fisher * (x @ weights).exp()
+    model = block_model.learn(given.ratios, x)
     signal = max(float(given.free.gradient.sum()), _LEAST * float(fisher.sum()))
-    smooth = replace(given.free, gradient=shape * signal / shape.sum())
+    smooth = replace(given.free, gradient=fisher * model.ratios * signal / (fisher * model.ratios).sum())
 
     def table(multipliers: Tensor) -> Table:
         return Table.of(given.blocks, (multipliers / multipliers.max()).sqrt().float())
@@ -108,29 +108,19 @@ def policies(given: Sources) -> dict[str, Policy]:
         "decrease": table(given.whole.decrease_scales().square()),
         "free_1": table(free), "free_2": table(free**2), "free_upper": table(free * above), "element": table(element),
         "horizon_10": horizon(given.free, 10), "horizon_100": horizon(given.free, 100),
-        "flat_1": learned(given.blocks, x, weights, nothing), "flat_2": learned(given.blocks, x, 2 * weights, nothing),
-        "learned_1": learned(given.blocks, x, weights, element.log()), "learned_2": learned(given.blocks, x, 2 * weights, element.log()),
-        "learned_horizon": horizon(smooth, 30),
+        "learned_2": learned(given.blocks, x, model, 2), "learned_4": learned(given.blocks, x, model, 4),
+        "learned_horizon_10": horizon(smooth, 10), "learned_horizon_30": horizon(smooth, 30), "learned_horizon_100": horizon(smooth, 100),
     }  # fmt: skip
 
 
-def learned(blocks: list[BlockInfo], features: Tensor, weights: Tensor, own: Tensor) -> FeaturePolicy:
-    """A function of the features, times something of each block's own.
-
-    Args:
-        blocks: The blocks.
-        features: float64, ``[blocks, columns]``.
-        weights: Of the logarithm of the squared scale: ``[columns]``.
-        own: Logarithm of each block's own factor on the squared scale: ``[blocks]``; what features explain of it becomes part of the
-            function, so that other models get that much.
-    """
-    explained = block_model.least_squares(own, features)
-    rest = own - features @ explained
-    policy = FeaturePolicy(hidden=0, offset=bool(rest.abs().max() > 1e-9)).bind(blocks)
+def learned(blocks: list[BlockInfo], features: Tensor, model: BlockModel, power: float) -> FeaturePolicy:
+    """The learnt ratios to a power: what is a function of the features carries over to other models, the rest to derived ones."""
+    policy = FeaturePolicy(hidden=0, offset=True).bind(blocks)
+    own = model.ratios.log() - features @ model.weights
     with torch.no_grad():
-        policy.weight_out.copy_(((weights + explained) / 2).float())
-        if policy.offset:
-            policy.offsets.copy_((rest / 2).float())
+        policy.weight_out.copy_((power / 2 * model.weights).float())
+        policy.offsets.copy_((power / 2 * own).float())
+    policy.trained = {"ridge": model.ridge, "share": model.share}
     return policy
 
 
@@ -139,7 +129,7 @@ def write(folder: Path, given: Sources, about: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, policy in policies(given).items():
         bound = policy.bind(given.blocks)
-        bound.base_model, bound.trained = about["base_model"], {**about["trained"], "rule": name}
+        bound.base_model, bound.trained = about["base_model"], {**about["trained"], **policy.trained, "rule": name}
         bound.save_pretrained(folder / f"{name}.safetensors")
     (folder / "curvature.json").write_text(
         json.dumps(given.whole.by_name("fisher")), encoding="utf-8"

@@ -25,19 +25,21 @@ def rows(run: Run, loss: float) -> list[ledger.Row]:
 
 
 def test_a_function_of_the_features_is_found() -> None:
-    """From noisy ratios of tasks of very different signal; from noise alone nothing is made."""
+    """From noisy ratios of tasks of very different signal; a block's own number counts where it is more than noise."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 4, generator=generator, dtype=torch.float64)
     features[:, 3] = 1.0
     truth = torch.tensor([0.8, -0.5, 0.0, 0.0], dtype=torch.float64)
-    noise = torch.randn(4, 200, generator=generator, dtype=torch.float64)
-    ratios = torch.tensor([1.0, 0.3, 2.0, 0.0], dtype=torch.float64)[:, None] * (features @ truth).exp() + 0.3 * noise
-    ridge = block_model.choose_ridge(ratios, features)
-    found = block_model.fit(ratios, features, ridge)
-    assert torch.allclose(found, truth, atol=0.1)
-    assert float(found[3]) == 0
-    assert block_model.choose_ridge(noise, features) > ridge
-    assert float(block_model.fit(noise, features, 1.0).abs().max()) < 0.1
+    noise = 0.3 * torch.randn(4, 200, generator=generator, dtype=torch.float64)
+    signal = torch.tensor([1.0, 0.3, 2.0, 0.0], dtype=torch.float64)[:, None]
+    common = (features @ truth).exp()
+    found = block_model.learn(signal * common + noise, features)
+    assert torch.allclose(found.weights, truth, atol=0.1)
+    assert float(found.weights[3]) == 0
+    own = common * torch.rand(200, generator=generator, dtype=torch.float64) * 2
+    with_own = block_model.learn(signal * own + noise, features)
+    assert with_own.share > found.share
+    assert float(torch.corrcoef(torch.stack([with_own.ratios, own]))[0, 1]) > 0.95
 
 
 def test_the_candidate_with_the_best_worst_case_is_chosen(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         called.append("policies")
         folder = tmp_path / "work" / "policies"
         folder.mkdir(parents=True)
-        for name in ("curvature.json", *(f"{c}.safetensors" for c in ("free_1", "free_2", "upper_ratio", "free_upper"))):
+        for name in ("curvature.json", *(f"{c}.safetensors" for c in ("free_1", "free_2", "upper_ratio", "free_upper", "learned_4"))):
             (folder / name).write_text(name)
 
     def run_all(config: dict[str, Any], workers: int, minutes: float) -> int:

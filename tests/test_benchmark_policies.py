@@ -54,8 +54,8 @@ def test_policies(made: Path) -> None:
         "decrease",
         "free_2",
         "horizon_100",
-        "learned_1",
-        "learned_horizon",
+        "learned_4",
+        "learned_horizon_10",
     }
 
 
