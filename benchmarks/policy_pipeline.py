@@ -111,13 +111,14 @@ class Pipeline:
         return not any(Plan(config).left())
 
     def choose(self) -> bool:
-        """Choose ours; whether the choice is frozen."""
-        if not (self.state / "chosen.json").exists():
+        """Choose ours; whether it was chosen before and is frozen."""
+        chosen = (self.state / "chosen.json").exists()
+        if not chosen:
             choose.main([str(Path(self.options.grids) / "policy_design.yaml"), f"--ledger={self.state / 'policy_design.jsonl'}",
                          f"--policies={self.policies}", f"--out={self.state}"])  # fmt: skip
-        if not self.options.frozen:
+        if not (chosen and self.options.frozen):
             print("chosen.json and ours.safetensors are there: commit them, then go on with --frozen", flush=True)
-        return bool(self.options.frozen) and self.make()
+        return chosen and bool(self.options.frozen)
 
     def derived(self) -> bool:
         """The derived checkpoint, in the work folder."""

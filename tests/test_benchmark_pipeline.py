@@ -123,7 +123,7 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     options = ["--pretrained=m", f"--data={tmp_path / 'data'}", f"--state={state}", f"--work={tmp_path / 'work'}"]
     policy_pipeline.main([*options, "--minutes=2"])
     assert called == ["statistics"]
-    policy_pipeline.main(options)
+    policy_pipeline.main([*options, "--frozen"])
     assert called == ["statistics", "published", "policies", "policy_design"]
     assert json.loads((state / "chosen.json").read_text())["policy"] == "free_2"
     policy_pipeline.main(options)
