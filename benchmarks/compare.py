@@ -65,7 +65,8 @@ def judge(configs: list[dict[str, Any]], rows: list[ledger.Row], ours: str, trai
     gains = {kind: verdict.metric_gain(mine, base, pairs, kind) for kind in KINDS}
     shares = {kind: verdict.shares(mine, base, pairs, kind) for kind in KINDS}
     gain = {kind: statistics.fmean(gains[kind].values()) if gains[kind] else math.nan for kind in KINDS}
-    share = {kind: statistics.median(shares[kind].values()) if shares[kind] else math.nan for kind in KINDS}
+    known = {kind: [value for value in shares[kind].values() if not math.isnan(value)] for kind in KINDS}
+    share = {kind: statistics.median(known[kind]) if known[kind] else math.nan for kind in KINDS}
     holds = bool(counted) and all(one.holds for both in against.values() for one in both.values())
     return {
         "ours": ours, "counted": counted, "trained_on": [task for task in tasks if task in trained],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -129,22 +130,22 @@ def metric_gain(
 
 
 def shares(ours: Mapping[Pair, list[Point]], other: Mapping[Pair, list[Point]], planned: Iterable[Pair], kind: str) -> dict[str, float]:
-    """Share of the other's forwards after which ours has its final loss, the median over seeds, by task; infinite if never."""
+    """Share of the other's forwards after which ours has its final loss, the median over seeds, by task: infinite if never.
+
+    NaN for a task on which the other has not got below the untrained model on any seed: there is nothing to reach.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     for pair in planned:
         if pair in ours and pair in other:
-            end = other[pair][-1]
-            found[pair[0]].append(reaches([(point.forwards, point.loss[kind]) for point in ours[pair]], end.loss[kind]) / end.forwards)
-    return {task: statistics.median(values) for task, values in found.items()}
+            end, points = other[pair][-1], [(point.forwards, point.loss[kind]) for point in ours[pair]]
+            improved = end.loss[kind] < points[0][1]
+            found[pair[0]] += [reaches(points, end.loss[kind]) / end.forwards] if improved else []
+    return {task: statistics.median(values) if values else math.nan for task, values in found.items()}
 
 
 def reaches(points: list[tuple[int, float]], goal: float) -> float:
-    """Forwards at which a piecewise linear curve first is at or below the goal; infinite if never."""
-    before: tuple[int, float] | None = None
-    for forwards, loss in points:
+    """Forwards at which a piecewise linear curve that starts above the goal first is there; infinite if never."""
+    for (before, high), (forwards, loss) in itertools.pairwise(points):
         if loss <= goal:
-            if before is None:
-                return float(forwards)
-            return before[0] + (forwards - before[0]) * (before[1] - goal) / (before[1] - loss)
-        before = (forwards, loss)
+            return before + (forwards - before) * (high - goal) / (high - loss)
     return math.inf

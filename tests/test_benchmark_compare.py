@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,29 @@ def test_a_run_that_starts_again(tmp_path: Path) -> None:
     write(tmp_path / "l.jsonl", "ours", "a", 0, (1.0, 0.9, 0.8))
     rows = ledger.read(tmp_path / "l.jsonl")
     assert [point.forwards for point in verdict.curves(rows[:2] + rows)["ours"]["a", 0]] == list(FORWARDS)
+
+
+def test_share_of_forwards() -> None:
+    """Where the other has become worse there is nothing to reach; what is never reached counts as infinite."""
+
+    def run(*losses: float) -> list[verdict.Point]:
+        return [verdict.Point(f, {"raw": loss}, {}) for f, loss in zip(FORWARDS, losses, strict=True)]
+
+    ours = {
+        ("worse", 0): run(1.0, 0.9, 0.8),
+        ("late", 0): run(1.0, 0.95, 0.9),
+        ("half", 0): run(1.0, 0.7, 0.6),
+        ("half", 1): run(1.0, 0.7, 0.6),
+    }
+    other = {
+        ("worse", 0): run(1.0, 0.9, 1.1),
+        ("late", 0): run(1.0, 0.9, 0.8),
+        ("half", 0): run(1.0, 0.9, 0.7),
+        ("half", 1): run(1.0, 1.2, 1.2),
+    }
+    found = verdict.shares(ours, other, list(ours), "raw")
+    assert math.isnan(found.pop("worse"))
+    assert found == {"late": math.inf, "half": pytest.approx(0.5)}
 
 
 def test_seeds_vary_within_tasks() -> None:
