@@ -6,7 +6,8 @@ r"""Statistics of every block on several tasks: signal, noise and curvature, alo
 Each task starts at the pretrained weights. At ``points`` places of a path of ``trajectory`` steps it measures ``batches`` batches of
 ``rows`` rows: ``G`` without bias, ``E||g_B||^2`` and ``F`` (see zolightning.modules.statistics). ``statistics.safetensors`` holds
 ``TASK/STEP/{gradient,batch,fisher}``, shape [blocks], with the blocks' names in its metadata; ``statistics.jsonl`` one row per task and
-place with the same numbers by name. Tasks and places that are there already are not measured again.
+place with the same numbers by name, for tasks with candidates also ``without_prior`` (see zolightning.modules.prior). Tasks and places
+that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +29,39 @@ from zolightning.models import load_model, load_tokenizer
 from zolightning.modules.base import OBJECTIVES
 from zolightning.modules.evaluation import CALIBRATION, fitted_biases
 from zolightning.modules.per_row import RowNorms
+from zolightning.modules.prior import without_prior
 from zolightning.modules.statistics import BlockStatistics, collect_statistics
 
 _FIELDS = ("gradient", "batch", "fisher")
 
 
-def main() -> None:
-    arguments = parse()
+def main(options: Sequence[str] | None = None) -> None:
+    arguments, start = parse(options), time.monotonic()
     path = arguments.output / "statistics.jsonl"
     places = [round(arguments.trajectory * i / max(arguments.points - 1, 1)) for i in range(arguments.points)]
     for task in arguments.tasks.split(","):
         missing = [place for place in places if (task, place) not in load(path)]
-        if missing:
+        if missing and (time.monotonic() - start) / 60 < arguments.minutes:
             for row in measure(task, places, missing, arguments):
                 ledger.append(path, row)
-                ratio = row["fisher_sum"] / max(row["gradient_sum"], 1e-30)
-                print(f"{task} step {row['step']}: loss {row['loss']:.4f}, G {row['gradient_sum']:.3g}, F/G {ratio:.1f}, "
+                ratio = row["gradient_sum"] / row["fisher_sum"]
+                print(f"{task} step {row['step']}: loss {row['loss']:.4f}, G {row['gradient_sum']:.3g}, G/F {ratio:.2g}, "
                       f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
+                if (time.monotonic() - start) / 60 >= arguments.minutes:
+                    break
     found = load(path)
     tensors = {f"{task}/{step}/{field}": getattr(s, field).clone() for (task, step), s in found.items() for field in _FIELDS}
     names = json.dumps(next(iter(found.values())).names)
     save_file(tensors, arguments.output / "statistics.safetensors", metadata={"names": names})
 
 
-def parse() -> argparse.Namespace:
+def parse(options: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", required=True, help="folder or hub id of the model; demo: the one that comes with the package")
     parser.add_argument("--data", type=Path, required=True, help="folder with TASK/train.jsonl or TASK/train.jsonl.gz")
     parser.add_argument("--tasks", required=True, help="short names, by commas")
     parser.add_argument("--rows", type=int, default=16, help="rows a batch")
-    parser.add_argument("--batches", type=int, default=16, help="batches at each place")
+    parser.add_argument("--batches", type=int, default=16, help="batches at each place, an epoch at most")
     parser.add_argument("--together", type=int, default=16, help="rows whose own gradients are taken in one backward")
     parser.add_argument("--biases", choices=("fitted", "none"), default="fitted", help="candidate biases refitted at each place")
     parser.add_argument("--trajectory", type=int, default=0, help="steps of the teacher")
@@ -67,18 +71,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256, help="tokens a row")
     parser.add_argument("--num-train", type=int, default=1000, help="training rows")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and order of the rows")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
     parser.add_argument("--output", type=Path, default=Path("runs/statistics"), help="folder for the results")
-    return parser.parse_args()
+    return parser.parse_args(options)
 
 
 def measure(task: str, places: list[int], missing: list[int], arguments: argparse.Namespace) -> Iterator[ledger.Row]:
     """One row for each missing place on the path of a task."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(arguments.pretrained, arguments.dtype, device)
-    file = next(path for name in ("train.jsonl", "train.jsonl.gz") if (path := arguments.data / task / name).exists())
     data = TaskDataModule(
-        task, str(file), batch_size=arguments.rows, num_train=arguments.num_train, num_validation=32, max_length=arguments.max_length,
-        seed=arguments.seed, tokenizer=load_tokenizer(arguments.pretrained),
+        task, str(train_file(arguments.data, task)), batch_size=arguments.rows, num_train=arguments.num_train, num_validation=32,
+        max_length=arguments.max_length, seed=arguments.seed, tokenizer=load_tokenizer(arguments.pretrained),
     )  # fmt: skip
     data.setup("fit")
     space, objective = DenseSpace(model), OBJECTIVES[data.objective]()
@@ -88,6 +92,9 @@ def measure(task: str, places: list[int], missing: list[int], arguments: argpars
     def batch(t: int) -> Any:
         return move_data_to_device(data.train_batch(t), device)
 
+    # A row that comes twice would count as a pair of different rows, so the rows of a place are of one epoch.
+    epoch = len(data.train_examples) // arguments.rows
+    batches, after = min(arguments.batches, epoch), -(-arguments.trajectory // epoch)
     step = 0
     for number, place in enumerate(places):
         while step < place:
@@ -95,33 +102,54 @@ def measure(task: str, places: list[int], missing: list[int], arguments: argpars
             step += 1
         if place not in missing:
             continue
-        start, first = time.perf_counter(), arguments.trajectory + number * arguments.batches  # rows that no other place has seen
+        start, first = time.perf_counter(), (after + number) * epoch
         if arguments.biases == "fitted" and isinstance(objective, CandidateCrossEntropy):
             objective.biases = None
             objective.biases = fitted_biases(model, data.val_dataloader()[CALIBRATION], device)
-        chosen = [batch(first + i) for i in range(arguments.batches)]
+        chosen = [batch(first + i) for i in range(batches)]
         with torch.no_grad():
             loss = sum(float(objective.on(model, part)()) for part in chosen) / len(chosen)
         found = collect_statistics(space, objective, chosen, row_norms_of=norms)
-        yield describe(task, place, loss, found, time.perf_counter() - start, arguments)
+        measured = {"blocks": found}
+        if isinstance(objective, CandidateCrossEntropy):
+            measured["without_prior"] = without_prior(space, objective, chosen, found)
+        yield describe(task, place, loss, measured, time.perf_counter() - start, arguments)
 
 
-def describe(task: str, step: int, loss: float, found: BlockStatistics, seconds: float, arguments: argparse.Namespace) -> ledger.Row:
+def train_file(data: Path, task: str) -> Path:
+    """The training rows of a task in a data folder."""
+    return next(path for name in ("train.jsonl", "train.jsonl.gz") if (path := data / task / name).exists())
+
+
+def describe(
+    task: str, step: int, loss: float, measured: dict[str, BlockStatistics], seconds: float, arguments: argparse.Namespace
+) -> ledger.Row:
     """What is measured, by name, and how."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("output", "tasks")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("output", "tasks", "minutes")}
+    found = measured["blocks"]
     sums = {f"{field}_sum": float(getattr(found, field).sum()) for field in _FIELDS}
-    blocks = {name: [float(getattr(found, field)[i]) for field in _FIELDS] for i, name in enumerate(found.names)}
+    blocks = {
+        kind: {n: list(v) for n, *v in zip(s.names, *(getattr(s, f).tolist() for f in _FIELDS), strict=True)}
+        for kind, s in measured.items()
+    }
     how = {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
     return {"task": task, "step": step, "loss": loss, "rows": found.rows, "batch_size": found.batch_size, **sums,
-            "seconds": round(seconds, 2), "settings": settings, **how, "blocks": blocks}  # fmt: skip
+            "seconds": round(seconds, 2), "settings": settings, **how, **blocks}  # fmt: skip
 
 
-def load(path: Path) -> dict[tuple[str, int], BlockStatistics]:
-    """The statistics of a ledger, by task and step."""
+def load(path: Path, kind: str = "blocks") -> dict[tuple[str, int], BlockStatistics]:
+    """The statistics of a ledger, by task and step.
+
+    Args:
+        path: The ledger.
+        kind: ``blocks``: as the objective has them; ``without_prior``: without the preference for some answers, of tasks without
+            candidates the same as ``blocks``.
+    """
     out: dict[tuple[str, int], BlockStatistics] = {}
     for row in ledger.read(path):
-        fields = dict(zip(_FIELDS, torch.tensor(list(row["blocks"].values()), dtype=torch.float64).t().contiguous(), strict=True))
-        out[row["task"], row["step"]] = BlockStatistics(tuple(row["blocks"]), **fields, rows=row["rows"], batch_size=row["batch_size"])
+        blocks: dict[str, list[float]] = row[kind if kind in row else "blocks"]
+        fields = dict(zip(_FIELDS, torch.tensor(list(blocks.values()), dtype=torch.float64).t().contiguous(), strict=True))
+        out[row["task"], row["step"]] = BlockStatistics(tuple(blocks), **fields, rows=row["rows"], batch_size=row["batch_size"])
     return out
 
 

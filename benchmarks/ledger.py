@@ -15,12 +15,12 @@ import torch
 Row = dict[str, Any]
 
 
-def append(path: Path, row: Row) -> None:
-    """Add one line; safe with several writers, flushed to disk."""
+def append(path: Path, *rows: Row) -> None:
+    """Add lines, one after another; safe with several writers, flushed to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(row) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()
         os.fsync(file.fileno())
 

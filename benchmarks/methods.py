@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.textbook import Textbook
 from zolightning import DenseSpace, PolicySampler, TwoPoint, ZOOptimizer, samplers
+from zolightning.policies import settled
 
 
 class Stepper(Protocol):
@@ -32,7 +35,8 @@ def policy(model: nn.Module, lr: float, seed: int, policy: str, curvature: str, 
     r"""Read-only probes with the scales of a policy, at a learning rate that means the same for all of them.
 
     One absolute rate cannot serve uniform and concentrated scales: the noise of a step grows with :math:`\eta \sum_i \sigma_i^2 F_i`. So
-    ``lr`` is that product, in units in which uniform scales have :math:`\eta` itself.
+    ``lr`` is that product, in units in which uniform scales have :math:`\eta` itself. The probe distance is measured alike,
+    :math:`\epsilon^2 \sum_i \sigma_i^2 F_i`. Scales that depend on the loss count as they are at a loss of 0.5.
 
     Args:
         model: The network.
@@ -40,14 +44,16 @@ def policy(model: nn.Module, lr: float, seed: int, policy: str, curvature: str, 
         seed: Seed of the directions.
         policy: File of the policy.
         curvature: File with every block's share of the total curvature (``benchmarks.make_policies``).
-        eps: Probe distance.
+        eps: Probe distance in those units.
     """
     sampler = PolicySampler(policy)
     optimizer = ZOOptimizer(DenseSpace(model), sampler, TwoPoint(), lr=lr, eps=eps, seed=seed)
     shares = json.loads(Path(curvature).read_text(encoding="utf-8"))
-    scales = sampler.scales().double().cpu()
-    cost = sum(float(scale) ** 2 * shares[block.name] for scale, block in zip(scales, optimizer.space.blocks, strict=True))
-    optimizer.param_groups[0]["lr"] = lr / cost
+    typical = copy.deepcopy(sampler.features)
+    typical.losses.fill_(0.5)
+    factors = sampler.policy.normalise(settled(sampler.policy, typical)).square().tolist()
+    cost = sum(factor * shares[block.name] for factor, block in zip(factors, optimizer.space.blocks, strict=True))
+    optimizer.param_groups[0].update(lr=lr / cost, eps=eps / math.sqrt(cost))
     return optimizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from nets import tiny
 from torch import Tensor
 
-from benchmarks import ledger, make_policies, methods, shapes, step_time
+from benchmarks import ledger, make_policies, methods, predict, shapes, step_time
 from zolightning.modules.statistics import BlockStatistics
 from zolightning.objectives import CandidateCrossEntropy
 from zolightning.policies import Policy
@@ -25,16 +24,15 @@ def row(task: str, names: list[str], factor: float) -> ledger.Row:
 
 
 @pytest.fixture
-def made(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def made(tiny_folder: str, tmp_path: Path) -> Path:
     """Policies of the tiny model, from two tasks of very different size."""
     from zolightning.models import load_model
 
     names = [block.name for block in DenseSpace(load_model(tiny_folder, "bfloat16")).blocks]
     for task, factor in (("a", 1.0), ("b", 1000.0), ("unused", -1.0)):
         ledger.append(tmp_path / "statistics.jsonl", row(task, names, factor))
-    command = ["make_policies", "--statistics", str(tmp_path / "statistics.jsonl"), "--pretrained", tiny_folder, "--tasks", "a,b"]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "policies")])
-    make_policies.main()
+    command = ["--statistics", str(tmp_path / "statistics.jsonl"), "--pretrained", tiny_folder, "--tasks", "a,b"]
+    make_policies.main([*command, "--leave-out", "--out", str(tmp_path / "policies")])
     return tmp_path / "policies"
 
 
@@ -54,7 +52,24 @@ def test_policies(made: Path) -> None:
         "upper_ratio",
         "power_3",
         "decrease",
+        "free_2",
+        "horizon_100",
+        "learned_4",
+        "learned_horizon_10",
     }
+
+
+def test_policies_without_a_task(made: Path, tiny_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Say so; and what statistics predict is the ratio of a task that a policy has not seen: equal scales have the mean of all blocks."""
+    assert Policy.from_pretrained(made / "without_a" / "closed_form.safetensors").trained["tasks"] == ["b"]
+    capsys.readouterr()
+    predict.main([f"--statistics={made.parent / 'statistics.jsonl'}", f"--pretrained={tiny_folder}", f"--policies={made}"])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    values = {cells[0]: [float(cell) for cell in cells[1:]] for cells in lines[2:]}
+    count = len(json.loads((made / "curvature.json").read_text()))
+    assert lines[0][1:] == ["a", "b", "mean"]
+    assert values["uniform"] == pytest.approx([1000 * (count + 1) / 2 / 10] * 3, abs=0.01)
+    assert values["uniform"][0] < values["closed_form"][0] < values["power_2"][0] < values["power_3"][0]
 
 
 def test_rates_mean_the_same(made: Path, tiny_folder: str) -> None:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import grid, ledger, report, tasks_smoke, three_ways
+from benchmarks import ledger, report, tasks_smoke, three_ways
+from benchmarks.plan import Plan
+from benchmarks.runs import FIELDS, Run
 from benchmarks.textbook import Textbook
 
 
@@ -30,43 +32,42 @@ def config(folder: Path) -> dict[str, Any]:
     }
 
 
-def write(settings: dict[str, Any], run: grid.Run, loss: float) -> None:
+def write(settings: dict[str, Any], run: Run, loss: float) -> None:
     """Pretend that a run has ended."""
-    row = {name: getattr(run, name) for name in grid._FIELDS} | {"final": True, "loss": loss, "loss_corrected": loss}
+    row = {name: getattr(run, name) for name in FIELDS} | {"final": True, "loss": loss, "loss_corrected": loss}
     ledger.append(Path(settings["ledger"]), row)
 
 
 def test_grid_searches_then_adds_an_edge_then_runs(tmp_path: Path) -> None:
     """An end of the list that wins gets one more point, once; then every seed runs with the best rate."""
     settings = config(tmp_path)
-    first = grid.next_runs(settings)
+    first = Plan(settings).next_runs()
     assert [(run.stage, run.method, run.lr) for run in first] == [("search", "a", 1e-3), ("search", "a", 1e-2)]
     for run in first:
         write(settings, run, loss=1.0 - run.lr)
-    (edge,) = grid.next_runs(settings)
+    (edge,) = Plan(settings).next_runs()
     assert (edge.stage, edge.method, edge.lr) == ("search", "a", 0.1)
     write(settings, edge, loss=0.5)
-    finals = [(run.stage, run.method, run.seed, run.lr) for run in grid.next_runs(settings)]
-    assert finals == [("final", "a", 0, 0.1), ("final", "a", 1, 0.1), ("final", "b", 0, 0.1)]
+    finals = [(run.stage, run.method, run.seed, run.lr) for run in Plan(settings).next_runs()]
+    assert finals == [("final", "a", 0, 0.1), ("final", "b", 0, 0.1), ("final", "a", 1, 0.1)]
 
 
 def test_grid_resumes(tmp_path: Path) -> None:
     """What is in the ledger is not run again; a torn last line does not matter."""
     settings = config(tmp_path)
-    first = grid.next_runs(settings)
+    first = Plan(settings).next_runs()
     write(settings, first[0], loss=0.9)
     with Path(settings["ledger"]).open("a") as file:
         file.write('{"stage": "sea')
-    assert grid.next_runs(settings) == first[1:]
+    assert Plan(settings).next_runs() == first[1:]
 
 
 def test_nan_is_never_the_best_rate(tmp_path: Path) -> None:
     """A run that diverged loses."""
     settings = config(tmp_path)
-    for run, loss in zip(grid.next_runs(settings), (0.9, float("nan")), strict=True):
+    for run, loss in zip(Plan(settings).next_runs(), (0.9, float("nan")), strict=True):
         write(settings, run, loss)
-    done = grid.finished(settings)
-    assert grid.best_lr(done, "a", "m", "t") == 1e-3
+    assert Plan(settings).best_lr(("a", "m", "t")) == 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -1,0 +1,172 @@
+"""Which runs of a grid are left, and in which order they start."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ledger
+from benchmarks.headroom import headroom
+from benchmarks.runs import FIELDS, Run
+from benchmarks.times import estimate
+
+Cell = tuple[str, str, str]  # method, model, task
+
+
+class Plan:
+    """A grid and what its ledger has of it.
+
+    Args:
+        config: The grid.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config, self.methods, self.search, self.final = config, config["methods"], config["search"], config["final"]
+        self.rows = ledger.read(Path(config["ledger"]))
+        self.done = {tuple(row[name] for name in FIELDS): row for row in self.rows if row["final"]}
+        self._searched: dict[Cell, list[ledger.Row]] = defaultdict(list)
+        for row in self.done.values():
+            if row["stage"] == "search" and row["forwards_asked"] == self._budget("search", row["method"]):
+                self._searched[row["method"], row["model"], row["task"]].append(row)
+        self._points: dict[tuple[Any, ...], list[float]] = {}
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """All (method, model, task)."""
+        return [(method, model, task) for method in self.methods for model in self.config["models"] for task in self.config["tasks"]]
+
+    def run(self, stage: str, cell: Cell, seed: int, lr: float) -> Run:
+        """A run; ``{task}`` in a method's arguments is the task's name."""
+        method, model, task = cell
+        own = self.methods[method]
+        arguments = {k: v.replace("{task}", task) if isinstance(v, str) else v for k, v in own.get("arguments", {}).items()}
+        settings = {"method": own | {"arguments": arguments}, "model": self.config["models"][model], "task": self.config["tasks"][task]}
+        settings |= {"evaluations": self.config[stage].get("evaluations", 1), "ledger": self.config["ledger"]}
+        return Run(stage, method, model, task, seed, float(lr), self._budget(stage, method), settings)
+
+    def _budget(self, stage: str, method: str) -> int:
+        return int(self.methods.get(method, {}).get("forwards", self.config[stage]["forwards"]))
+
+    def next_runs(self) -> list[Run]:
+        """The runs that can start now and are not in the ledger, in the order in which they should."""
+        wanted: list[Run] = []
+        for cell in self.cells:
+            source = self.source(cell)
+            if missing := self.missing_searches(source):
+                wanted += missing if source == cell else []
+            elif not self.searching(source) and cell[0] in self.passed and (best := self.best_lr(source)) is not None:
+                wanted += [run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, best)).key not in self.done]
+        return sorted(wanted, key=self._place)
+
+    def _place(self, run: Run) -> tuple[int, ...]:
+        """Where a run comes, so that a table that is cut off is of use."""
+        seed = self.seeds(run.method).index(run.seed) if run.stage == "final" else -1
+        late = not self.methods[run.method].get("first", False)
+        hopeless = late and run.task in self._headroom and not self._headroom[run.task].there
+        task, method = list(self.config["tasks"]).index(run.task), list(self.methods).index(run.method)
+        return late, hopeless, task, run.stage == "final", seed, method
+
+    @cached_property
+    def _headroom(self) -> dict[str, Any]:
+        return headroom(self.rows)
+
+    def seeds(self, method: str) -> list[int]:
+        """Seeds of a method's final runs."""
+        return list(self.methods[method].get("seeds", self.final["seeds"]))
+
+    def source(self, cell: Cell) -> Cell:
+        """Whose learning rate a method takes: mostly its own."""
+        return (self.methods[cell[0]].get("lr_of", cell[0]), *cell[1:])
+
+    def rates(self, method: str) -> list[float]:
+        """The listed learning rates of a method."""
+        return [float(lr) for lr in self.methods[method].get("lrs", self.search["lrs"])]
+
+    def sharing(self, cell: Cell) -> list[Cell]:
+        """The methods that search the same list of rates, on the same task."""
+        own = self.rates(cell[0])
+        return [(other, *cell[1:]) for other, settings in self.methods.items() if "lr_of" not in settings and self.rates(other) == own]
+
+    def searched(self, cell: Cell, lrs: list[float]) -> bool:
+        """Whether searches with all these rates have ended."""
+        return set(lrs) <= {row["lr"] for row in self._searched[cell] if row["seed"] == self.search["seed"]}
+
+    def searching(self, cell: Cell) -> bool:
+        """Whether a method that shares the list of rates is still at it: its winner may be an end."""
+        lrs = self.rates(cell[0])
+        return any(not self.searched(other, lrs) for other in self.sharing(cell))
+
+    def points(self, cell: Cell) -> list[float]:
+        """All rates to be searched: the listed ones, then one beyond each end that won for one of the sharing methods."""
+        lrs = self.rates(cell[0])
+        if len(lrs) == 1 or self.searching(cell):
+            return lrs
+        key = (*cell[1:], *lrs)
+        if key not in self._points:
+            winners, factor = {self.best_lr(other, lrs) for other in self.sharing(cell)}, self.search["factor"]
+            beyond = [edge for end, edge in ((min(lrs), min(lrs) / factor), (max(lrs), max(lrs) * factor)) if end in winners]
+            self._points[key] = [*lrs, *(float(f"{lr:.3g}") for lr in beyond)]
+        return self._points[key]
+
+    def missing_searches(self, cell: Cell) -> list[Run]:
+        """The searches of a method that have not ended."""
+        return [run for lr in self.points(cell) if (run := self.run("search", cell, self.search["seed"], lr)).key not in self.done]
+
+    def best_lr(self, cell: Cell, among: list[float] | None = None) -> float | None:
+        """The searched rate with the lowest bias-corrected loss (raw where there is none) on held-out training rows."""
+        best = self.best_search(cell, among)
+        return None if best is None else float(best["lr"])
+
+    def best_search(self, cell: Cell, among: list[float] | None = None) -> ledger.Row | None:
+        """The row of that search; none where nothing has ended, or all have diverged."""
+        usable = [row for row in self._searched[cell] if row["loss"] == row["loss"] and (among is None or row["lr"] in among)]
+        return min(usable, key=decisive, default=None)
+
+    @cached_property
+    def passed(self) -> set[str]:
+        """The methods that may run to the end: all but candidates, and the ``screen`` best of those once all have searched all tasks.
+
+        Candidates are ranked by the mean logarithm of their best searched loss.
+        """
+        candidates = self._candidates
+        passed = set(self.methods) - set(candidates)
+        if len(candidates) <= self.config.get("screen", math.inf):
+            return passed | set(candidates)
+        totals = dict.fromkeys(candidates, 0.0)
+        for cell in self.cells:
+            if cell[0] in totals:
+                if self.searching(cell) or self.missing_searches(cell):
+                    return passed
+                best = self.best_search(cell)
+                totals[cell[0]] += math.log(decisive(best)) if best is not None else math.inf
+        return passed | set(sorted(candidates, key=totals.__getitem__)[: self.config["screen"]])
+
+    @property
+    def _candidates(self) -> list[str]:
+        return [method for method, settings in self.methods.items() if settings.get("candidate")]
+
+    def left(self) -> Iterator[Run]:
+        """All runs that are left, those that wait for searches included, with a rate of 0 where it is not known yet."""
+        passed = self.passed
+        if not passed & set(self._candidates):  # which of them will pass is not known yet, but how many
+            passed = passed | set(self._candidates[: self.config.get("screen")])
+        ended = {key[:5] for key in self.done}
+        for cell in self.cells:
+            if self.source(cell) == cell:
+                yield from self.missing_searches(cell)
+            if cell[0] in passed:
+                yield from (run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, 0.0)).key[:5] not in ended)
+
+    def outlook(self) -> tuple[int, float]:
+        """How many runs are left, and their seconds one after another."""
+        left, finals = list(self.left()), list(self.done.values())
+        return len(left), sum(estimate(run, finals, self.config) for run in left)
+
+
+def decisive(row: ledger.Row) -> float:
+    """The figure that decides: the bias-corrected loss, or the raw one where there are no biases."""
+    return float(row["loss_corrected"] if "loss_corrected" in row else row["loss"])

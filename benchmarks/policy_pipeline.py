@@ -1,0 +1,169 @@
+"""The whole comparison of policies, one command that goes on where it stopped.
+
+    python -m benchmarks.policy_pipeline --pretrained FOLDER --data DATA --state docs/results/policy --minutes 9 --workers 4
+
+It does what is not done yet, in this order, and leaves before the time is up:
+
+1. ``statistics.jsonl``: statistics of the blocks on the design tasks (benchmarks.collect_statistics).
+2. ``published.safetensors``: a run of configs/meta/published.yaml.
+3. ``policy_design.jsonl``: headroom, controls and candidates on the design tasks, each policy made without the task.
+4. ``chosen.json``, ``ours.safetensors``: the choice (benchmarks.choose). Here it stops until called with ``--frozen``: commit first.
+5. ``policy_rest.jsonl``: the other tasks.
+6. ``policy_reuse.jsonl``: the same policy on a derived checkpoint (benchmarks.derive).
+7. ``policy_seen.jsonl``: all methods and seeds on the design tasks, for the whole table.
+
+The folder ``state`` holds all that a later call needs, eight files; everything else is made again in ``work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import choose, collect_statistics, derive, grid, make_policies
+from benchmarks.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+GRIDS = ROOT / "benchmarks" / "grids"
+DESIGN_TASKS = "sst2,rte,cb,boolq,squad"
+PUBLISHED_MINUTES = 6.0  # a guess, on the safe side: 570 steps in float32
+
+
+class Pipeline:
+    """The stages, each of which knows whether it is done.
+
+    Args:
+        options: The command's.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.start = options, time.monotonic()
+        self.state, self.policies = Path(options.state), Path(options.work) / "policies"
+        self.state.mkdir(parents=True, exist_ok=True)
+        os.environ |= {"SMOLLM2": str(options.pretrained), "DATA": str(options.data), "POLICIES": str(self.policies)}
+
+    @property
+    def left(self) -> float:
+        """Minutes left."""
+        return float(self.options.minutes) - (time.monotonic() - self.start) / 60
+
+    def statistics(self) -> bool:
+        """Measure what is missing; whether all is there."""
+        o, path = self.options, self.state / "statistics.jsonl"
+        tasks, places = o.tasks.split(","), o.points
+        if len(collect_statistics.load(path)) < len(tasks) * places:
+            print(f"statistics of {o.tasks} at {places} places", flush=True)
+            collect_statistics.main([
+                f"--pretrained={o.pretrained}", f"--data={o.data}", f"--tasks={o.tasks}", f"--batches={o.batches}", f"--points={places}",
+                f"--trajectory={o.trajectory}", f"--output={self.state}", f"--minutes={self.left}",
+            ])  # fmt: skip
+            (self.state / "statistics.safetensors").unlink(missing_ok=True)  # the same numbers once more
+            release()
+        return len(collect_statistics.load(path)) == len(tasks) * places
+
+    def published(self) -> bool:
+        """Run the published recipe, if there is time for all of it."""
+        o, path, folder = self.options, self.state / "published.safetensors", Path(self.options.work) / "meta_published"
+        if not path.exists():
+            if self.left < PUBLISHED_MINUTES:
+                return False
+            rows = collect_statistics.train_file(Path(o.data), "copa")
+            command = [sys.executable, "-m", "zolightning", "fit", f"--config={ROOT / 'configs' / 'meta' / 'published.yaml'}",
+                       f"--model.pretrained={o.pretrained}", f"--data.train_file={rows}", f"--data.validation_file={rows}",
+                       f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false", *o.published]  # fmt: skip
+            print("the published recipe", flush=True)
+            subprocess.run(command, check=True)
+            shutil.copy(folder / "policy.safetensors", path)
+        return True
+
+    def make(self) -> bool:
+        """All policies of the grids, in the work folder."""
+        if not (self.policies / "curvature.json").exists():
+            make_policies.main([f"--statistics={self.state / 'statistics.jsonl'}", f"--pretrained={self.options.pretrained}",
+                                f"--tasks={self.options.tasks}", "--leave-out", f"--out={self.policies}"])  # fmt: skip
+        for name in ("published", "ours"):
+            if (self.state / f"{name}.safetensors").exists():
+                shutil.copy(self.state / f"{name}.safetensors", self.policies)
+        return True
+
+    def run(self, name: str) -> bool:
+        """Run a grid as far as the time goes; whether all of it has ended."""
+        config = grid.load(Path(self.options.grids) / f"{name}.yaml")
+        config["ledger"] = str(self.state / f"{name}.jsonl")
+        if not self._ended(config):
+            print(f"{name}, {self.left:.1f} min", flush=True)
+            grid.run_all(config, self.options.workers, self.left)
+        return self._ended(config)
+
+    @staticmethod
+    def _ended(config: dict[str, Any]) -> bool:
+        return not any(Plan(config).left())
+
+    def choose(self) -> bool:
+        """Choose ours; whether it was chosen before and is frozen."""
+        chosen = (self.state / "chosen.json").exists()
+        if not chosen:
+            choose.main([str(Path(self.options.grids) / "policy_design.yaml"), f"--ledger={self.state / 'policy_design.jsonl'}",
+                         f"--policies={self.policies}", f"--out={self.state}"])  # fmt: skip
+        if not (chosen and self.options.frozen):
+            print("chosen.json and ours.safetensors are there: commit them, then go on with --frozen", flush=True)
+        return chosen and bool(self.options.frozen)
+
+    def derived(self) -> bool:
+        """The derived checkpoint, in the work folder."""
+        o, folder = self.options, Path(self.options.work) / "derived"
+        if not (folder / "digest.txt").exists():
+            rows = collect_statistics.train_file(Path(o.data), "squad")
+            derive.main([f"--pretrained={o.pretrained}", f"--train-file={rows}", f"--out={folder}", *o.derive])
+            release()
+        os.environ |= {"DERIVED": str(folder), "DERIVED_DIGEST": (folder / "digest.txt").read_text(encoding="utf-8")}
+        return True
+
+    def stages(self) -> bool:
+        """All in order, up to the first that is not done."""
+        return (
+            self.statistics() and self.published() and self.make() and self.run("policy_design") and self.choose()
+            and self.run("policy_rest") and self.derived() and self.run("policy_reuse") and self.run("policy_seen")
+        )  # fmt: skip
+
+
+def release() -> None:
+    """Leave the device's memory to the grid's processes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(options: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", required=True, help="folder of the model")
+    parser.add_argument("--data", required=True, help="folder with a folder a task")
+    parser.add_argument("--state", default="docs/results/policy", help="folder of what must be kept between calls")
+    parser.add_argument("--work", default="runs/policy", help="folder of what can be made again")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="leave after this time at the latest")
+    parser.add_argument("--workers", type=int, default=4, help="processes that share the GPU")
+    parser.add_argument("--frozen", action="store_true", help="the choice is committed: look at the other tasks")
+    parser.add_argument("--grids", default=str(GRIDS), help="folder of the YAML files")
+    parser.add_argument("--tasks", default=DESIGN_TASKS, help="design tasks")
+    parser.add_argument("--batches", type=int, default=48, help="of 16 rows, at each place of the statistics")
+    parser.add_argument("--trajectory", type=int, default=100, help="steps of the statistics' teacher")
+    parser.add_argument("--points", type=int, default=3, help="places on its path")
+    parser.add_argument("--published", nargs="*", action="extend", default=[], help="more options of the published recipe's run")
+    parser.add_argument("--derive", nargs="*", action="extend", default=[], help="more options of benchmarks.derive")
+    pipeline = Pipeline(parser.parse_args(options))
+    print("all is done" if pipeline.stages() else f"to be continued; {pipeline.left:.1f} min were left", flush=True)
+
+
+if __name__ == "__main__":
+    main()
