@@ -21,6 +21,7 @@ CUDA = torch.device("cuda")
 SAMPLERS: dict[str, Any] = {
     "gaussian": zl.GaussianSampler,
     "rademacher": zl.RademacherSampler,
+    "low_rank": lambda: zl.LowRankSampler(2, 5),
     "paper": lambda: zl.PolicySampler(PertNN(), refresh_every=3),
     "policy": lambda: zl.PolicySampler(FeaturePolicy(hidden=4), zl.RademacherSampler()),
 }
