@@ -150,11 +150,11 @@ class SidePath:
         with self.reading():
             out = F.linear(x, self._weight)
         # [copies, rows of a copy, features]: a leading dimension of 2 B cut in halves, or all as they are
-        whole, inner = (y.view(self.copies, -1, y.shape[-1]) for y in (out, F.linear(x, self._basis)))
-        moved = torch.baddbmm(whole, inner, self._left.to(x.dtype).mT)
+        moved, inner = (y.view(self.copies, -1, y.shape[-1]) for y in (out, F.linear(x, self._basis)))
+        moved.baddbmm_(inner, self._left.to(x.dtype).mT)  # in place: another result would be filled with a copy first
         if bias is not None:
-            moved = moved + (bias[:, None] if bias.dim() == 2 else bias)
-        return moved.view(out.shape)
+            moved += bias[:, None] if bias.dim() == 2 else bias
+        return out
 
     def rows(self, ids: Tensor) -> Tensor:
         wide = self._left.dtype
