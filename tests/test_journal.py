@@ -505,3 +505,52 @@ class TestDeferred:
         run(at_once, None, 0, 13)
         for one, two in zip(deferred.space.model.parameters(), at_once.space.model.parameters(), strict=True):
             assert torch.allclose(one, two, rtol=0, atol=1e-6)
+
+    def test_a_look_where_a_resumed_journal_ends(self, tmp_path: Path) -> None:
+        """It is written although no step was made since."""
+        optimizer, recorder = self.optimizer(tmp_path / "journal.zo")
+        run(optimizer, recorder, 0, 4)
+        recorder.close()
+        journal = read(recorder.path)
+        again, _ = self.optimizer(tmp_path / "other.zo")
+        resumed = Recorder(recorder.path, again, "net", journal)
+        again.repeat((entry.row for entry in journal.entries), journal.looks)
+        for _ in range(4):
+            again.step(lambda: torch.tensor(math.nan))
+        again.settle()
+        run(again, resumed, 4, 9)
+        again.settle()
+        resumed.drain()
+        assert read(recorder.path).looks == [4, 9]
+        model = Net(torch.bfloat16).eval()
+        zl.replay(recorder.path, model)
+        assert state_bits(model) == state_bits(again.space.model)
+
+    def test_looks_keep_their_seed_and_a_space_its_way(self, tmp_path: Path) -> None:
+        """A run that goes on with another seed, and not deferred; a space that a replay was given is used at once afterwards."""
+        optimizer, recorder = self.optimizer(tmp_path / "journal.zo")
+        run(optimizer, recorder, 0, 3)
+        optimizer.settle()
+        optimizer.param_groups[0]["seed"] = 7
+        recorder.close()
+        recorder = Recorder(recorder.path, optimizer, "net", read(recorder.path))
+        run(optimizer, recorder, 3, 6)
+        optimizer.deferred = False
+        run(optimizer, recorder, 6, 8)
+        recorder.drain()
+        space = DenseSpace(Net(torch.bfloat16).eval())
+        zl.replay(recorder.path, space)
+        assert state_bits(space.model) == state_bits(optimizer.space.model)
+        assert not space.deferred
+
+    def test_loaded_weights_are_left_alone(self, tmp_path: Path) -> None:
+        optimizer, _ = self.optimizer(tmp_path / "journal.zo")
+        run(optimizer, None, 0, 5)
+        saved = optimizer.state_dict()
+        weights = {name: tensor.clone() for name, tensor in optimizer.space.model.state_dict().items()}
+        expected = state_bits(optimizer.space.model)
+        run(optimizer, None, 5, 7)
+        optimizer.space.model.load_state_dict(weights)
+        optimizer.load_state_dict(saved)
+        optimizer.settle()
+        assert state_bits(optimizer.space.model) == expected

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from runs import film_data, make_module, make_trainer
+from runs import QUESTIONS, film_data, make_module, make_trainer
 from torch import Tensor
 
 import zolightning as zl
@@ -106,3 +106,27 @@ def test_resume_has_the_same_bits(tiny_folder: str, tmp_path: Path) -> None:
     fresh.configure_model()
     zl.replay(tmp_path / "whole" / "journal.zo", fresh.language_model)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fresh.parameters(), strict=True))
+
+
+def test_after_an_error_between_steps(tiny_folder: str, tmp_path: Path) -> None:
+    """Without any callback of ours."""
+
+    class Stops(zl.ZOFinetuneModule):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step == 6:
+                raise KeyboardInterrupt
+
+    found = []
+    for deferred in (False, True):
+        module = make_module(tiny_folder, kind=Stops, sampler=zl.LowRankSampler(2, 50), deferred_updates=deferred)
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            make_trainer(tmp_path, 9).fit(module, film_data(tmp_path))
+        found.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_text_is_generated_along_low_rank_directions(tiny_folder: str, tmp_path: Path) -> None:
+    """A tied model, whose matrix is looked up and multiplied with inside one probe."""
+    module = make_module(tiny_folder, sampler=zl.LowRankSampler(2, 5), objective=zl.Reward("f1", max_new_tokens=2))
+    make_trainer(tmp_path, 2).fit(module, film_data(tmp_path, "squad", QUESTIONS))
+    assert module.steps == 2

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from nets import bits, lm_closure, tiny
+from nets import bits, lm_closure, state_bits, tiny
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from zolightning import DenseSpace, GaussianSampler, LowRankSampler, TwoPoint, UnionSpace, ZOOptimizer
+from zolightning import DenseSpace, GaussianSampler, LowRankSampler, TwoPoint, UnionSpace, ZOOptimizer, kernels
 from zolightning.blocks import Block
 from zolightning.noise import Key, LowRankNoise, Noise
 from zolightning.optim import SGD
-from zolightning.samplers import Direction
+from zolightning.samplers import Direction, Sampler
 from zolightning.spaces import hosts
 from zolightning.testing import check_space
 
@@ -153,3 +155,47 @@ def test_a_large_matrix_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 def test_arguments(argument: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{argument}=0 must be at least 1"):
         LowRankSampler(**{argument: value})
+
+
+@pytest.mark.parametrize("sampler", [GaussianSampler(), LowRankSampler(2, 5)], ids=["gaussian", "low_rank"])
+def test_matrices_read_in_other_ways(sampler: Sampler) -> None:
+    """By keyword, inside a list, and twice in one module."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 5, bias=False), nn.Linear(6, 5, bias=False)
+            self.head = self.one
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, weight=torch.cat([self.one.weight, self.two.weight])) @ self.read()
+
+        def read(self) -> Tensor:
+            return F.linear(input=torch.eye(6, dtype=torch.float64), weight=self.head.weight).sum(0)[:, None].expand(5, 2).repeat(2, 1)
+
+    torch.manual_seed(0)
+    model = Odd().double().eval()
+    space, x = DenseSpace(model), torch.randn(3, 6, dtype=torch.float64)
+    check_space(space, lambda: model(x).square().mean(), sampler=sampler)
+
+
+def test_an_error_half_way_through_a_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was brought in is not brought in again."""
+    one, two = (ZOOptimizer(DenseSpace(tiny("llama", torch.float64)), LowRankSampler(2, 50), lr=1e-3, eps=1e-3) for _ in range(2))
+    for optimizer in (one, two):
+        optimizer.deferred = True
+        for _ in range(3):
+            optimizer.step(lm_closure(optimizer.space.model))
+    one.settle()
+    fold, calls = kernels.fold, iter([None, None, MemoryError()])
+
+    def failing(*arguments: Any) -> None:
+        if error := next(calls, None):
+            raise error
+        fold(*arguments)
+
+    monkeypatch.setattr(kernels, "fold", failing)
+    with pytest.raises(MemoryError):
+        two.settle()
+    two.settle()
+    assert state_bits(one.space.model) == state_bits(two.space.model)

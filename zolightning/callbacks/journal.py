@@ -77,6 +77,12 @@ class RunJournal(Callback):
                         f"journal {str(journal.path)!r} has steps after step {self._start} with {name}={there}, this run has {here}: "
                         "resume with the old setting, or give the checkpoint's own path to leave these steps out"
                     )
+        last = module.trainer.max_steps
+        if optimizer.deferred and entries and 0 < last < journal.steps:
+            raise ValueError(
+                f"trainer.max_steps={last}, but the journal {str(journal.path)!r} has {journal.steps} steps of deferred updates: "
+                "set it to at least these, or give the checkpoint's own path to leave the steps out"
+            )
         if entries:
             print(f"journal      steps {self._start} to {journal.steps} are taken from it, without forwards", flush=True)
             if optimizer.param_groups[0]["form"] is None:
@@ -135,8 +141,9 @@ class RunJournal(Callback):
         """Write what can be written; the exception itself says what happened."""
         if self.recorder is None:
             return
-        with contextlib.suppress(OSError, RuntimeError):  # a full disk, or a device that is gone
+        with contextlib.suppress(OSError, RuntimeError):  # steps that are repeated may not be looked at here
             pl_module.settle()  # type: ignore[operator]
+        with contextlib.suppress(OSError, RuntimeError):  # a full disk, or a device that is gone
             self.recorder.drain()
             self.recorder.sync()
             if trainer.global_step > self._start:

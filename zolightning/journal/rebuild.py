@@ -166,10 +166,9 @@ def move(space: Space, entry: Entry, sampler: Sampler, rule: Rule) -> None:
     lr, coefficients = (torch.tensor(value, dtype=space.compute_dtype, device=space.device) for value in (row.lr, row.coefficients))
     weights, shrink = rule.move(coefficients, lr)
     space.prepare(sampler, settings.seed, row.step)
-    if row.valid:
-        scales = row.scales.to(space.device)
-        directions = [Direction(sampler, settings.seed, row.step, query, scales) for query in range(settings.queries)]
-        space.move(directions, weights, shrink, torch.ones((), dtype=torch.bool, device=space.device))
+    scales = row.scales.to(space.device)
+    directions = [Direction(sampler, settings.seed, row.step, query, scales) for query in range(settings.queries)]
+    space.move(directions, weights, shrink, torch.tensor(row.valid, device=space.device))
 
 
 def move_all(space: Space, entries: Sequence[Entry], looks: Sequence[int], until: int, of: Tools) -> None:
@@ -182,11 +181,13 @@ def move_all(space: Space, entries: Sequence[Entry], looks: Sequence[int], until
         until: Where the weights then stand.
         of: What draws noise and makes moves.
     """
-    marks = deque(looks)
-    for entry in entries:
-        while marks and marks[0] <= entry.row.step:
-            space.settle(entry.settings.seed, marks.popleft())
-        space.deferred = bool(entry.settings.deferred)
-        move(space, entry, *of(entry.settings))
-    if entries:
-        space.settle(entries[-1].settings.seed, until)
+    marks, before, seed = deque(looks), space.deferred, 0
+    try:
+        for entry in entries:
+            while marks and marks[0] <= entry.row.step:
+                space.settle(seed, marks.popleft())
+            seed, space.deferred = entry.settings.seed, bool(entry.settings.deferred)
+            move(space, entry, *of(entry.settings))
+        space.settle(seed, until)
+    finally:
+        space.deferred = before

@@ -112,7 +112,8 @@ class Recorder:
             OSError: The disk is full, or gone.
         """
         self.drain()
-        if self.opened:
+        if self.opened or self.place is not None:
+            self._write_carried(self.optimizer.forwards)
             self._append((b"L", pack_look(step)))
 
     def sync(self) -> None:
@@ -130,16 +131,20 @@ class Recorder:
     def _take(self, rows: Sequence[Row]) -> None:
         self.losses += map(mean_loss, rows)
         forwards = self.optimizer.forwards - len(rows) * self._settings.probes
-        if self._carried and self._written is not None:
-            carried, self._carried = self._carried, []
-            self._append((b"R", pack_rows(carried, self._written, None, forwards - len(carried) * self._written.probes)))
+        self._write_carried(forwards)
+        group = self.optimizer.param_groups[0]
         settings = replace(
-            self._settings, form=self.optimizer.param_groups[0]["form"], eps=float(self.optimizer.param_groups[0]["eps"])
+            self._settings, form=group["form"], eps=float(group["eps"]), deferred=int(self.optimizer.deferred)
         )  # the form is found in the first step
         scales = self._scales if settings == self._written else None
         parts = [] if settings == self._written else [(b"S", settings.to_bytes())]
         self._append(*parts, (b"R", pack_rows(rows, settings, scales, forwards)))
         self._written, self._scales = settings, rows[-1].scales
+
+    def _write_carried(self, forwards: int) -> None:
+        if self._carried and self._written is not None:
+            carried, self._carried = self._carried, []
+            self._append((b"R", pack_rows(carried, self._written, None, forwards - len(carried) * self._written.probes)))
 
     def _append(self, *parts: tuple[bytes, bytes]) -> None:
         if not self.writes:

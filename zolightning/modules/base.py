@@ -303,7 +303,7 @@ class ZOModule(pl.LightningModule):
     @torch.no_grad()
     def reload_base(self) -> None:
         """Give the blocks the weights of the base model again, where they lie."""
-        self.settle()
+        self.space.drop()
         # Scales and prefixes come from the quantised base, and have the bits of the device that made them.
         device = self.device if hasattr(self.language_model.config, "quantization_config") else "cpu"
         fresh = self._load(device)
@@ -327,6 +327,6 @@ class ZOModule(pl.LightningModule):
     @torch.no_grad()
     def load_blocks(self, state_dict: dict[str, Tensor]) -> None:
         """Copy the blocks of a checkpoint's ``state_dict`` into the model."""
-        self.settle()
+        self.space.drop()
         for block in self.space.blocks:
             block.tensor.copy_(state_dict[f"model.{block.name}"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import callbacks as known
 from torch import Tensor, nn
 
 from zolightning.estimators import Estimator, TwoPoint
@@ -20,6 +22,11 @@ from zolightning.spaces import DenseSpace, Space
 
 log = logging.getLogger("zolightning")
 
+#: Lightning's callbacks that do not look at the weights, or do so through a checkpoint.
+_KNOWN = {
+    known.DeviceStatsMonitor, known.EarlyStopping, known.LearningRateMonitor, known.ModelCheckpoint, known.ModelSummary,
+    known.RichModelSummary, known.RichProgressBar, known.ThroughputMonitor, known.Timer, known.TQDMProgressBar,
+}  # fmt: skip
 LRSchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -138,6 +145,10 @@ class ZOFinetuneModule(ZOModule):
             log.warning("deferred_updates: no, %s may look at the weights after every step", lookers[0])
             self.deferred_updates = False
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What brings deferred updates in when an exception ends the run."""
+        return [_SettleOnException()] if self.deferred_updates else []
+
     def settle(self) -> None:
         if self.deferred_updates and self._trainer is not None and self.trainer.optimizers:
             self.zo_optimizer.settle()
@@ -166,11 +177,7 @@ class ZOFinetuneModule(ZOModule):
         """One step on one batch, whatever the number of directions."""
         bound = self.batch_objective().on(self.language_model, batch, self.micro_batch_size)
         # Lightning wraps the closure, so the objective itself travels beside it.
-        try:
-            loss: Tensor = self.optimizers().step(bound, bound=bound)  # type: ignore[union-attr]
-        except BaseException:
-            self.settle()
-            raise
+        loss: Tensor = self.optimizers().step(bound, bound=bound)  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
@@ -195,7 +202,16 @@ def _scale_schedule(scheduler: Any, factor: float) -> None:
 
 
 def _may_look(callback: Callback) -> bool:
-    """Whether a callback that this package and Lightning do not know runs after every step."""
+    """Whether a callback that is not known to leave the weights alone runs between steps."""
     kind = type(callback)
-    known = kind.__module__.partition(".")[0] in ("lightning", "zolightning")
-    return not known and any(getattr(kind, hook) is not getattr(Callback, hook) for hook in ("on_train_batch_start", "on_train_batch_end"))
+    harmless = kind in _KNOWN or kind.__module__.partition(".")[0] == "zolightning"
+    hooks = ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_start", "on_train_epoch_end")
+    return not harmless and any(getattr(kind, hook) is not getattr(Callback, hook) for hook in hooks)
+
+
+class _SettleOnException(Callback):
+    """Whatever ends a run, its weights are whole."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with contextlib.suppress(RuntimeError):  # steps that are repeated may not be looked at here
+            pl_module.settle()  # type: ignore[operator]

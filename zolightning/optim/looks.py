@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from zolightning.spaces.base import Space
+from zolightning.spaces.interrupts import uninterrupted
 
 
 class Looks:
@@ -37,7 +38,8 @@ class Looks:
                 f"the recorded steps were made without a look at the weights of step {step}: resume with the old intervals of "
                 "validation and checkpoints, or from the checkpoint alone"
             )
-        space.settle(seed, step)
-        self.latest = step
-        if self.sink is not None and step not in self.recorded:
-            self.sink(step)
+        with uninterrupted():  # what is done is on record
+            space.settle(seed, step)
+            if self.sink is not None and step not in self.recorded:
+                self.sink(step)
+            self.latest = step

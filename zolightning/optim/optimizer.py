@@ -147,6 +147,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     @deferred.setter
     def deferred(self, deferred: bool) -> None:
         self.settle()
+        if self.history.sink is not None:
+            self.history.drain(self.steps)  # earlier steps were made otherwise
         self.space.deferred = deferred
 
     def settle(self) -> None:
@@ -199,7 +201,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self._set_up(work, group["eps"])
             with uninterrupted() if self._form.captured else nullcontext():
                 if self._form.captured and isinstance(work, BoundObjective) and not work.hold:
-                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"], self.deferred))
+                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"], self.deferred, self.space.held))
                     self._count_step()
                 else:
                     self.losses, self.coefficients = self._compute(work, True)
@@ -363,7 +365,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if saved != own:
             raise ValueError(f"the optimizer state is of {saved} blocks, this space has {own}: a checkpoint of another model?")
         state = state_dict["state"]
-        self.settle()
+        self.space.drop()
         self.sampler.load_state(state["sampler"])
         super().load_state_dict({**state_dict, "state": {}})
         self.history.restart(self.steps)

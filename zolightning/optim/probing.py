@@ -150,7 +150,7 @@ def choose_form(
         """Empty, or why not."""
         try:
             rows = _rows(space, bound, direction, eps * _CHECK_EPS, candidate)
-        except (torch.OutOfMemoryError, RuntimeError, NotImplementedError, IndexError, TypeError) as error:
+        except (torch.OutOfMemoryError, RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         gap, signal = (rows - reference).norm(), (reference[0] - reference[1]).norm()
         same = bool(gap <= _CHECK_ERROR * signal + 1e-6 * reference.norm())

@@ -86,6 +86,16 @@ class Space(ABC):
             with uninterrupted():
                 self._factors.settle(self._sampler, seed, step)
 
+    def drop(self) -> None:
+        """Forget deferred moves: the weights are about to be others."""
+        if self._factors is not None:
+            self._factors.drop()
+
+    @property
+    def held(self) -> tuple[Factors, ...]:
+        """What a captured step reads and writes beside the weights."""
+        return () if self._factors is None else (self._factors,)
+
     def factors(self, direction: Direction) -> Factors | None:
         """What moves in low rank along a direction; ``None``: nothing does."""
         self.prepare(direction.sampler, direction.seed, direction.step)

@@ -48,6 +48,7 @@ class Factors:
         self._bases = kernels.Pack([*self._basis.values()], own)
         self._decay = torch.zeros((), dtype=torch.float32, device=self._gains.device)  # that the weights have not seen yet
         self._drawn: tuple[int, int] | None = None  # seed and window of the basis
+        self._rest: list[int] = []  # blocks that a fold has not come to yet
 
     @staticmethod
     def of(sampler: Sampler, blocks: Sequence[Block]) -> Factors | None:
@@ -118,9 +119,18 @@ class Factors:
         self._fold([_moved(sampler.noise(block, Key(seed, block.id, max(step - 1, 0)))) for block in self._blocks], None)
 
     def _fold(self, noises: Sequence[Noise], clock: Tensor | None) -> None:
-        for index in self.indices:
+        self._rest = self._rest or list(self.indices)  # what an error left out, if it came half way
+        while self._rest:
+            index = self._rest[-1]
             kernels.fold(self._blocks[index].tensor, self._left[index], self._basis[index], self._decay, noises[index], clock)
+            self._left[index].zero_()
+            self._rest.pop()
+        self._decay.zero_()
+
+    def drop(self) -> None:
+        """Forget deferred moves."""
         torch._foreach_zero_([self._decay, *self._left.values()])
+        self._rest = []
 
     def _noises(self, direction: Direction) -> list[Noise]:
         """The noise of each block's moved tensor: ``B``, or the block itself."""

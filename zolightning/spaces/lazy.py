@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 
 class Source(Protocol):
@@ -67,12 +68,13 @@ class LazyWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if getattr(func, "__name__", "") == "__get__" and getattr(func, "__self__", None) in _GETTERS:
                 return func(*args, **kwargs)
-            if func is F.embedding and isinstance(args[1], cls) and not isinstance(args[0], cls):
-                return args[1].source.rows(args[0])
-            if func is F.linear and isinstance(args[1], cls) and not isinstance(args[0], cls):
-                return args[1].source.linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
-            plain = [part.whole() if isinstance(part, cls) else part for part in args]
-            return func(*plain, **{name: part.whole() if isinstance(part, cls) else part for name, part in kwargs.items()})
+            if func in (F.embedding, F.linear):
+                given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+                if isinstance(given["weight"], cls) and not isinstance(given["input"], cls):
+                    source = given["weight"].source
+                    return source.rows(given["input"]) if func is F.embedding else source.linear(given["input"], given.get("bias"))
+            plain, named = tree_map_only(cls, cls.whole, (args, kwargs))
+            return func(*plain, **named)
 
 
 _GETTERS = tuple(getattr(Tensor, name) for name in LazyWeight._HARMLESS)

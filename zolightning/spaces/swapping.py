@@ -144,7 +144,7 @@ class SwapSpace(Space):
             for owner in host.owners:
                 if owner.index not in fresh:
                     fresh[owner.index] = self._lazy(owner.index, view)
-                elif self._watch:
+                elif self._watch and not isinstance(fresh[owner.index], LazyWeight):
                     self._watch.expect(self.blocks[owner.index].name, fresh[owner.index])
                 owner.slots[owner.leaf] = fresh[owner.index]
 

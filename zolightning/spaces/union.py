@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zolightning.blocks import check_ids
 from zolightning.samplers.base import Direction, Sampler
 from zolightning.spaces.base import SetupReport, Space
+from zolightning.spaces.factors import Factors
 from zolightning.spaces.interrupts import uninterrupted
 
 
@@ -59,6 +60,14 @@ class UnionSpace(Space):
     def settle(self, seed: int, step: int) -> None:
         for space in self.spaces:
             space.settle(seed, step)
+
+    def drop(self) -> None:
+        for space in self.spaces:
+            space.drop()
+
+    @property
+    def held(self) -> tuple[Factors, ...]:
+        return tuple(factors for space in self.spaces for factors in space.held)
 
     @property
     def has_factors(self) -> bool:

@@ -45,11 +45,11 @@ class ProbeWatch(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let the space's own operations pass unseen."""
-        self._paused = True
+        before, self._paused = self._paused, True
         try:
             yield
         finally:
-            self._paused = False
+            self._paused = before
 
     def expect(self, name: str, scratch: Tensor) -> None:
         """Announce the perturbed tensor of a block."""
