@@ -132,9 +132,8 @@ def describe(
         kind: {n: list(v) for n, *v in zip(s.names, *(getattr(s, f).tolist() for f in _FIELDS), strict=True)}
         for kind, s in measured.items()
     }
-    how = {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
     return {"task": task, "step": step, "loss": loss, "rows": found.rows, "batch_size": found.batch_size, **sums,
-            "seconds": round(seconds, 2), "settings": settings, **how, **blocks}  # fmt: skip
+            "seconds": round(seconds, 2), "settings": settings, **ledger.made_by(), **blocks}  # fmt: skip
 
 
 def load(path: Path, kind: str = "blocks") -> dict[tuple[str, int], BlockStatistics]:

@@ -9,8 +9,6 @@ noise. Both are timed over one matrix of an 8B model, in the order of a step, as
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +95,7 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float16):
             rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in measure(kind, dtype).items()})
             print(rows[-1], flush=True)
-    result: ledger.Row = {"command": " ".join(["python -m benchmarks.deferred_pass", *sys.argv[1:]]), "machine": ledger.machine()}
-    result |= {"commit": ledger.commit(), "torch": torch.__version__, "shape": SHAPE, "rows": rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    ledger.write(arguments.out, {"command": ledger.command("deferred_pass"), **ledger.made_by(), "shape": SHAPE, "rows": rows})
 
 
 if __name__ == "__main__":

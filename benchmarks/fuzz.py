@@ -236,9 +236,9 @@ def main() -> None:
             "yamls": yamls(arguments.yamls, folder, seed),
         }
     ok = all(part["crashed"] == part["wrong"] == 0 for part in result.values())
-    result |= {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__, "seed": arguments.seed}
+    result |= ledger.made_by() | {"seed": arguments.seed}
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        ledger.write(arguments.out, result)
     print(json.dumps(result, indent=1))
     sys.exit(0 if ok else 1)
 

@@ -203,12 +203,10 @@ def main() -> None:
     result |= {
         "options": options,
         "seed": arguments.seed,
-        "machine": ledger.machine(),
-        "commit": ledger.commit(),
-        "torch": torch.__version__,
+        **ledger.made_by(),
     }
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        ledger.write(arguments.out, result)
     print(json.dumps(result, indent=1))
     sys.exit(0 if result["equal"] == result["runs"] else 1)
 

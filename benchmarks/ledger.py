@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,26 @@ def read(path: Path) -> list[Row]:
             except json.JSONDecodeError:
                 continue
     return rows
+
+
+def write(path: Path, result: Row) -> None:
+    """A result as a file of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def made_by() -> Row:
+    """What made a result: machine, commit and version of PyTorch."""
+    return {"machine": machine(), "commit": commit(), "torch": torch.__version__}
+
+
+def command(module: str) -> str:
+    """The command line of a benchmark.
+
+    Args:
+        module: Its name.
+    """
+    return " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]])
 
 
 def machine() -> str:

@@ -61,7 +61,7 @@ def main() -> None:
     row = {"shape": arguments.shape, "dtype": arguments.dtype, "rows": arguments.rows, "length": arguments.length}
     row |= {"weights": weights, "activations": activations, "peak": meta, "bar": round(bar), "within": meta <= bar}
     row |= {"seconds_per_step": round(sum(seconds[1:]) / max(len(seconds) - 1, 1), 3)}
-    row |= {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
+    row |= ledger.made_by()
     print(json.dumps(row))
     if arguments.output is not None:
         ledger.append(arguments.output, row)

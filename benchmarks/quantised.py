@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -158,8 +157,8 @@ def main() -> None:
     repeats = arguments.repeats or (30 if device.type == "cuda" else 3)
     import bitsandbytes
 
-    about = {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__}
-    about |= {"command": " ".join(["python -m benchmarks.quantised", *sys.argv[1:]]), "seed": arguments.seed}
+    about = ledger.made_by() | {"bitsandbytes": bitsandbytes.__version__}
+    about |= {"command": ledger.command("quantised"), "seed": arguments.seed}
     rows: list[ledger.Row] = []
     for shape in arguments.shapes:
         for kind in arguments.quantizations:

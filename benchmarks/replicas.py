@@ -23,7 +23,6 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,10 +163,8 @@ def main() -> None:
     most = max(arguments.devices)
     resumed = killed(most, most - 1, arguments)
     print(json.dumps(resumed, indent=1))
-    result: dict[str, Any] = {"command": " ".join(["python -m benchmarks.replicas", *sys.argv[1:]]), "machine": ledger.machine()}
-    result |= {"commit": ledger.commit(), "torch": torch.__version__, "cores": os.cpu_count(), "rows": rows, "killed": resumed}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {"command": ledger.command("replicas"), **ledger.made_by(), "cores": os.cpu_count(), "rows": rows, "killed": resumed}
+    ledger.write(arguments.out, result)
 
 
 if __name__ == "__main__":

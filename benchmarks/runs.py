@@ -74,7 +74,7 @@ def execute(run: Run) -> str:
         row = {name: getattr(run, name) for name in FIELDS} | {"forwards": stepper.forwards, "tokens": tokens, "seconds": round(seconds, 2)}
         row |= {"metric": data.metric, **{name: round(value, 6) for name, value in figures.items()}}
         row |= {"final": bool(diverged) or target == run.forwards_asked}
-        row |= {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
+        row |= ledger.made_by()
         rows.append(row | ({"diverged": diverged} if diverged else {}))
         if diverged:
             break

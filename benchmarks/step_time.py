@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -284,10 +282,8 @@ def main() -> None:
         for dtype in arguments.dtypes:
             for tokens in arguments.tokens:
                 rows += measure(shape, tokens, getattr(torch, dtype), arguments.samplers, device)
-                result: ledger.Row = {"command": " ".join(["python -m benchmarks.step_time", *sys.argv[1:]]), "machine": ledger.machine()}
-                result |= {"commit": ledger.commit(), "torch": torch.__version__, "rows": rows}
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                (arguments.out / "step_time.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                result = {"command": ledger.command("step_time"), **ledger.made_by(), "rows": rows}
+                ledger.write(arguments.out / "step_time.json", result)
                 gc.collect()
     print(*table(rows), sep="\n")
     chart(rows, arguments.out / "step_time.png")

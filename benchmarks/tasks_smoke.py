@@ -139,7 +139,7 @@ def run_task(task: str, options: argparse.Namespace, base: nn.Module) -> ledger.
     return {
         "task": task, "problems": problems, "seconds": round(took, 2), "tokens_per_row": round(tokens, 1), "steps": options.steps,
         "before": report.before, "after": after, "score_error": wrong, "dtype": options.dtype, "pretrained": Path(options.pretrained).name,
-        "machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__,
+        **ledger.made_by(),
     }  # fmt: skip
 
 

@@ -101,9 +101,9 @@ def main() -> None:
     digests = compare(options)
     same = len({value for key, value in digests.items() if key != "untrained"}) == 1 and digests["untrained"] != digests["plain loop"]
     result = {"same": same, "digests": digests, "steps": options.steps, "dtype": options.dtype, "lr": options.lr, "eps": options.eps}
-    result |= {"machine": ledger.machine(), "commit": ledger.commit(), "torch": torch.__version__}
+    result |= ledger.made_by()
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        ledger.write(options.out, result)
     print(json.dumps(result, indent=1))
     sys.exit(0 if same else 1)
 

@@ -9,6 +9,8 @@ from nets import bits
 from torch import nn
 
 from zolightning.models import load_model
+from zolightning.samplers import Direction
+from zolightning.spaces import Space
 
 #: What can be asked of ``load_model``.
 KINDS: dict[str, dict[str, Any]] = {
@@ -44,3 +46,16 @@ def scale_bits(model: nn.Module) -> dict[str, bytes]:
         elif "weight" in module._parameters and hasattr(module, "state"):
             found[_name(name)] = bits(module.state.SCB)
     return found
+
+
+@torch.no_grad()
+def check_pair(space: Space, along: Direction) -> None:
+    """Both signs in one forward are two probes, and the signs differ."""
+    single, ids = [], torch.tensor([[5, 6, 7]])
+    for sign in (1, -1):
+        with space.probe(along, sign * 0.1):
+            single.append(space.model(input_ids=ids).logits)
+    with space.pair(along, 0.1):
+        both = space.model(input_ids=ids.repeat(2, 1)).logits
+    assert torch.allclose(both, torch.cat(single), atol=1e-5)
+    assert not torch.allclose(*single, atol=1e-3)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from zolightning.spaces.packed import scales_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -236,11 +238,9 @@ def weight_bytes(model: nn.Module) -> int:
     """
     tensors: list[Tensor] = list(model.parameters())
     for module in model.modules():
-        state = getattr(module._parameters.get("weight"), "quant_state", None)
-        if state is not None:
-            tensors += [state.absmax, *([state.state2.absmax] if state.nested else [])]
-        elif (scales := getattr(getattr(module, "state", None), "SCB", None)) is not None:
-            tensors.append(scales)
+        if (found := scales_of(module)) is not None:
+            holder, leaf = found
+            tensors += [vars(holder)[leaf], *([holder.state2.absmax] if getattr(holder, "nested", False) else [])]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

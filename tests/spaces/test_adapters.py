@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Net, bits, lm_closure, padded, state_bits, tiny
-from quantised import KINDS, packed_bits, quantised, scale_bits
+from quantised import KINDS, check_pair, packed_bits, quantised, scale_bits
 
 import zolightning as zl
 from zolightning.objectives.forward import candidate_logits, last_logits
@@ -170,13 +170,4 @@ def test_both_signs_in_one_forward(tiny_folder: str) -> None:
     assert space.pairable
     sampler = zl.GaussianSampler()
     sampler.bind(space)
-    along, ids = sampler.directions(1, 0, 1)[0], torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        single = []
-        for sign in (1, -1):
-            with space.probe(along, sign * 0.1):
-                single.append(space.model(input_ids=ids).logits)
-        with space.pair(along, 0.1):
-            both = space.model(input_ids=ids.repeat(2, 1)).logits
-    assert torch.allclose(both, torch.cat(single), atol=1e-5)
-    assert not torch.allclose(*single, atol=1e-3)
+    check_pair(space, sampler.directions(1, 0, 1)[0])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Net, bits, lm_closure, state_bits, tiny
-from quantised import packed_bits, quantised, scale_bits
+from quantised import check_pair, packed_bits, quantised, scale_bits
 from torch import Tensor
 
 import zolightning as zl
@@ -204,17 +204,9 @@ def test_both_signs_in_one_forward(tiny_folder: str, more: list[Any]) -> None:
     with torch.no_grad():
         for block in space.blocks:
             block.tensor.normal_(generator=torch.Generator().manual_seed(3))
-    along, ids = optimizer._directions()[0], torch.tensor([[5, 6, 7]])
+    along = optimizer._directions()[0]
     assert along.scales[:2].tolist() == [1, 0]
-    with torch.no_grad():
-        single = []
-        for sign in (1, -1):
-            with space.probe(along, sign * 0.1):
-                single.append(space.model(input_ids=ids).logits)
-        with space.pair(along, 0.1):
-            both = space.model(input_ids=ids.repeat(2, 1)).logits
-    assert torch.allclose(both, torch.cat(single), atol=1e-5)
-    assert not torch.allclose(*single, atol=1e-3)
+    check_pair(space, along)
 
 
 @pytest.mark.parametrize(

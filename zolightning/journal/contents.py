@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -84,7 +83,9 @@ class Journal:
         Args:
             until: Steps; ``None``: all.
         """
-        return surviving(self.entries, self.backs, self.steps if until is None else until)
+        until = self.steps if until is None else until
+        lost = {step for back in self.backs if back.step <= until for step in range(back.to, back.step)}
+        return [entry for entry in self.entries if entry.row.step < until and entry.row.step not in lost]
 
     def surviving_looks(self, until: int | None = None) -> list[int]:
         """Those of :attr:`looks` that belong to :meth:`surviving`."""
@@ -117,15 +118,6 @@ class Journal:
             self.entries += [Entry(row, self.all_settings[-1]) for row in content]
             self.forwards = frame.forwards + len(content) * self.all_settings[-1].probes
         self._known[frame.end] = self.steps
-
-
-def surviving(entries: Sequence[Entry], backs: Sequence[Back], until: int) -> list[Entry]:
-    """See :meth:`Journal.surviving`."""
-    lost: set[int] = set()
-    for back in backs:
-        if back.step <= until:
-            lost.update(range(back.to, back.step))
-    return [entry for entry in entries if entry.row.step < until and entry.row.step not in lost]
 
 
 def read(path: str | Path) -> Journal:

@@ -112,7 +112,7 @@ class Recorder:
             OSError: The disk is full, or gone.
         """
         self.drain()
-        if self.opened or self.place is not None:
+        if self.place is not None:
             self._write_carried(self.optimizer.forwards)
             self._append((b"L", pack_look(step)))
 

@@ -93,18 +93,13 @@ class Space(ABC):
 
     @property
     def held(self) -> tuple[Factors, ...]:
-        """What a captured step reads and writes beside the weights."""
+        """What a captured step reads and writes beside the weights; nothing where no block moves in low rank."""
         return () if self._factors is None else (self._factors,)
 
     def factors(self, direction: Direction) -> Factors | None:
         """What moves in low rank along a direction; ``None``: nothing does."""
         self.prepare(direction.sampler, direction.seed, direction.step)
         return self._factors
-
-    @property
-    def has_factors(self) -> bool:
-        """Whether blocks move in low rank."""
-        return self._factors is not None
 
     def fusable(self, directions: Sequence[Direction]) -> bool:
         """Whether the fused kernels know everything that a step does with the blocks; see :meth:`zolightning.kernels.Pack.fusable`."""

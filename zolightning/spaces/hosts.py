@@ -130,10 +130,10 @@ class Matrix:
             own = bias[..., first : first + made.shape[1]] if bias is not None else None
             parts.append(F.linear(x, made[0], own) if self.copies == 1 else linear_in_halves(x, made, own))
             first += made.shape[1]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return _joined(parts, -1)
 
     def whole(self) -> Tensor:
-        return torch.cat([self._make(pack)[0] for pack in self._pieces])
+        return _joined([self._make(pack)[0] for pack in self._pieces], 0)
 
     def _make(self, pack: Pack) -> Tensor:
         with self.reading():
@@ -147,6 +147,11 @@ def pieces(index: int, block: Block) -> list[Pack]:
     starts = range(0, height, rows_each)
     width = block.numel // max(height, 1)
     return [Pack([block.tensor[s : s + rows_each]], [block.id], [index], [s * width]) for s in starts]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Several parts as one; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _pass(pack: Pack, blocks: Mapping[int, Block], view: View) -> list[Tensor]:

@@ -92,7 +92,7 @@ class SwapSpace(Space):
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated layers that are perturbed as a whole."""
-        if self.has_factors:  # compilers do not know a weight that is not one
+        if self.held:  # compilers do not know a weight that is not one
             return []
         paths = set(layer_paths(self.model))
         return [host.module for host in self._hosts if host.path in paths]

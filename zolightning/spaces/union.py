@@ -69,10 +69,6 @@ class UnionSpace(Space):
     def held(self) -> tuple[Factors, ...]:
         return tuple(factors for space in self.spaces for factors in space.held)
 
-    @property
-    def has_factors(self) -> bool:
-        return any(space.has_factors for space in self.spaces)
-
     def fusable(self, directions: Sequence[Direction]) -> bool:
         parts = zip(*(self._parts(direction) for direction in directions), strict=True)
         return all(part[0][0].fusable([direction for _, direction in part]) for part in parts)
@@ -97,7 +93,7 @@ class UnionSpace(Space):
 
     @property
     def layers(self) -> list[nn.Module]:
-        return [] if self.has_factors else list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
+        return [] if self.held else list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
 
     @property
     def settings(self) -> dict[str, Any]:
