@@ -18,9 +18,11 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.plan import Plan
@@ -35,43 +37,54 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def run_all(config: dict[str, Any], workers: int, minutes: float = math.inf) -> int:
-    """Run what is left, as far as the time goes; returns how many runs failed."""
+    """Run what is left, as far as the time goes, with so many workers on each GPU; returns how many runs failed."""
     start, failed = time.monotonic(), set[tuple[Any, ...]]()
-    running: dict[tuple[Any, ...], Any] = {}
-    plan = Plan(config)
+    running: dict[tuple[Any, ...], tuple[int, Any]] = {}  # run: its GPU, what it returns
+    gpus = max(torch.cuda.device_count(), 1)
+    plan, most = Plan(config), workers * gpus
     count, seconds = plan.outlook()
-    print(f"{count} runs are left, about {clock(seconds / workers)} with {workers} workers; {len(plan.done)} are done", flush=True)
+    print(f"{count} runs are left, about {clock(seconds / most)} with {most} workers; {len(plan.done)} are done", flush=True)
     # A fresh process now and then, so that what compilers and graphs leave behind does not pile up.
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=16) as pool:
-        while True:
-            left = minutes * 60 - (time.monotonic() - start)
-            if len(running) < workers:
-                plan = Plan(config)
-                finals = list(plan.done.values())
-                free = [run for run in plan.next_runs() if run.key not in running and run.key not in failed]
-                fitting = [run for run in free if estimate(run, finals, config) < left]
-                running |= {run.key: pool.apply_async(execute, (run,)) for run in fitting[: workers - len(running)]}
-            if not running or left < 0:
-                break
-            for key in [key for key, result in running.items() if result.ready()]:
-                try:
-                    print(f"{time.monotonic() - start:6.0f} s  {running.pop(key).get()}", flush=True)
-                except Exception as error:  # one bad cell must not end the grid
-                    failed.add(key)
-                    print("failed:", *key, error, file=sys.stderr, flush=True)
-            time.sleep(0.2)
-        if running:
-            print(f"time is up: {len(running)} runs were cut off and will start again", flush=True)
-            pool.terminate()
+    pools = [multiprocessing.get_context("spawn").Pool(workers, see, (gpu,), maxtasksperchild=16) for gpu in range(gpus)]
+    while True:
+        left = minutes * 60 - (time.monotonic() - start)
+        if len(running) < most:
+            plan = Plan(config)
+            finals = list(plan.done.values())
+            free = [run for run in plan.next_runs() if run.key not in running and run.key not in failed]
+            fitting = [run for run in free if estimate(run, finals, config) < left]
+            for run in fitting[: most - len(running)]:
+                busy = Counter(gpu for gpu, _ in running.values())
+                gpu = min(range(gpus), key=busy.__getitem__)
+                running[run.key] = gpu, pools[gpu].apply_async(execute, (run,))
+        if not running or left < 0:
+            break
+        for key in [key for key, (_, result) in running.items() if result.ready()]:
+            try:
+                print(f"{time.monotonic() - start:6.0f} s  {running.pop(key)[1].get()}", flush=True)
+            except Exception as error:  # one bad cell must not end the grid
+                failed.add(key)
+                print("failed:", *key, error, file=sys.stderr, flush=True)
+        time.sleep(0.2)
+    if running:
+        print(f"time is up: {len(running)} runs were cut off and will start again", flush=True)
+    for pool in pools:
+        pool.terminate()
     count, seconds = Plan(config).outlook()
-    print(f"{count} runs are left, about {clock(seconds / workers)}", flush=True)
+    print(f"{count} runs are left, about {clock(seconds / most)}", flush=True)
     return len(failed)
+
+
+def see(gpu: int) -> None:
+    """Let this process have one GPU of several."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
 
 
 def main(options: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the GPU")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share a GPU")
     parser.add_argument("--ledger", help="another results file than the YAML's")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run that would end later; cut off what runs then")
     parser.add_argument("--dry-run", action="store_true", help="list the runs that could start now, in their order")

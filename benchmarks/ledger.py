@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def write(path: Path, result: Row) -> None:
     """A result as a file of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def replace(path: Path, row: Row, key: Sequence[str]) -> list[Row]:
+    """Put a row into a results file, in place of an older one that is alike in ``key``; returns all its rows."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = [other for other in rows if any(other.get(name) != row[name] for name in key)]
+    write(path, {"rows": [*rows, row]})
+    return [*rows, row]
 
 
 def made_by() -> Row:

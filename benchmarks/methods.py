@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.textbook import Textbook
-from zolightning import DenseSpace, PolicySampler, TwoPoint, ZOOptimizer, samplers
+from zolightning import DenseSpace, GaussianSampler, PolicySampler, TwoPoint, ZOOptimizer, samplers, spaces
 from zolightning.policies import settled
 
 
@@ -55,6 +55,23 @@ def policy(model: nn.Module, lr: float, seed: int, policy: str, curvature: str, 
     cost = sum(factor * shares[block.name] for factor, block in zip(factors, optimizer.space.blocks, strict=True))
     optimizer.param_groups[0].update(lr=lr / cost, eps=eps / math.sqrt(cost))
     return optimizer
+
+
+def space(
+    model: nn.Module, lr: float, seed: int, space: str, eps: float = 1e-3, clip: float | None = None, **arguments: Any
+) -> ZOOptimizer:
+    """A space of :mod:`zolightning.spaces`, Gaussian directions, uniform scales.
+
+    Args:
+        model: The network.
+        lr: Learning rate.
+        seed: Seed of the directions.
+        space: Name of its class.
+        eps: Probe distance.
+        clip: Limit of the directional derivative.
+        **arguments: Of the space.
+    """
+    return ZOOptimizer(getattr(spaces, space)(model, **arguments), GaussianSampler(), TwoPoint(clip=clip), lr=lr, eps=eps, seed=seed)
 
 
 class FirstOrder:

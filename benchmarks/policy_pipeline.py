@@ -152,7 +152,7 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--state", default="docs/results/policy", help="folder of what must be kept between calls")
     parser.add_argument("--work", default="runs/policy", help="folder of what can be made again")
     parser.add_argument("--minutes", type=float, default=math.inf, help="leave after this time at the latest")
-    parser.add_argument("--workers", type=int, default=4, help="processes that share the GPU")
+    parser.add_argument("--workers", type=int, default=4, help="processes that share a GPU")
     parser.add_argument("--frozen", action="store_true", help="the choice is committed: look at the other tasks")
     parser.add_argument("--grids", default=str(GRIDS), help="folder of the YAML files")
     parser.add_argument("--tasks", default=DESIGN_TASKS, help="design tasks")

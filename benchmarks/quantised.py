@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -135,14 +134,6 @@ def table(rows: list[ledger.Row]) -> list[str]:
     return lines
 
 
-def add(path: Path, row: ledger.Row) -> None:
-    """Put a row into the results, in place of an older one of the same settings."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = [other for other in rows if any(other[name] != row[name] for name in KEY)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": [*rows, row]}, indent=1) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-3.1-8b", "opt-13b"], choices=list(shapes.SHAPES))
@@ -169,7 +160,7 @@ def main() -> None:
                 row |= {"ratio": row["ours_ms"] / row["limit_ms"], **about}
                 row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
                 print(table([row])[-1], flush=True)
-                add(arguments.out / "quantised.json", row)
+                ledger.replace(arguments.out / "quantised.json", row, KEY)
                 rows.append(row)
     print(*table(rows), sep="\n")
 

@@ -49,7 +49,7 @@ def execute(run: Run) -> str:
     if run.stage == "search":
         task |= {"validation_file": None, "num_validation": 500}  # held-out training rows choose the learning rate
     data = task_data(yaml.safe_dump(task), run.seed, run.settings["model"])
-    model = load_model(run.settings["model"], method.get("dtype", "bfloat16"), device)
+    model = load_model(run.settings["model"], method.get("dtype", "bfloat16"), device, quantization=method.get("quantization"))
     stepper = methods.build(method["build"], model, run.lr, run.seed, method.get("arguments", {}))
     objective, rows = OBJECTIVES[data.objective](), list[ledger.Row]()
     tokens, seconds, step = 0, 0.0, 0

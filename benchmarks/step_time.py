@@ -7,7 +7,7 @@ layers for shapes that are bound by launches. Medians over steps, batch of 16 ro
 candidate objective (two candidates a row); with the low-rank sampler updates are deferred, and ``ours_mean_ms`` has the windows' ends.
 ``textbook_ms`` is MeZO's loop operation by operation (``benchmarks.textbook.Released``), ``lean_textbook_ms`` the same in-place
 arithmetic in as few launches as eager PyTorch allows, on our objective (``Textbook``). ``peak_over_weights`` leaves out what earlier
-measurements of the process left behind (``left_behind_mib``).
+measurements of the process left behind (``left_behind_mib``). A row is added to the output as it is measured, or takes the place of an older one of the same settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from zolightning.policies import PertNN
 from zolightning.samplers import Sampler
 
 ROWS = 16
+KEY = ("shape", "tokens", "dtype", "sampler", "machine")
 SAMPLERS = {"gaussian": GaussianSampler, "rademacher": RademacherSampler, "low-rank": LowRankSampler}
 
 
@@ -186,12 +187,12 @@ def no_synchronisation(optimizer: ZOOptimizer, bound: BoundObjective) -> bool:
     return True
 
 
-def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], device: torch.device) -> list[ledger.Row]:
-    """All rows of one shape."""
+def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], device: torch.device) -> Iterator[ledger.Row]:
+    """The rows of one shape, one by one."""
     model = shapes.make(shape, dtype, device)
     made = shapes.batch(model, ROWS, tokens, device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    cuda, rows = device.type == "cuda", []
+    cuda = device.type == "cuda"
     repeats = 50 if cuda else 3
     with torch.no_grad():
         limit_ms = limit(model, made, shape in shapes.LAUNCH_BOUND and cuda)
@@ -229,8 +230,7 @@ def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], de
         del optimizer
         row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
         print(table([row])[-1], flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def table(rows: list[ledger.Row]) -> list[str]:
@@ -277,16 +277,16 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {**ledger.made_by(), "command": ledger.command("step_time")}
     rows: list[ledger.Row] = []
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
             for tokens in arguments.tokens:
-                rows += measure(shape, tokens, getattr(torch, dtype), arguments.samplers, device)
-                result = {"command": ledger.command("step_time"), **ledger.made_by(), "rows": rows}
-                ledger.write(arguments.out / "step_time.json", result)
+                for row in measure(shape, tokens, getattr(torch, dtype), arguments.samplers, device):
+                    rows.append(row)
+                    chart(ledger.replace(arguments.out / "step_time.json", row | about, KEY), arguments.out / "step_time.png")
                 gc.collect()
     print(*table(rows), sep="\n")
-    chart(rows, arguments.out / "step_time.png")
 
 
 if __name__ == "__main__":
