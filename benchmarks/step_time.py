@@ -7,7 +7,8 @@ layers for shapes that are bound by launches. Medians over steps, batch of 16 ro
 candidate objective (two candidates a row); with the low-rank sampler updates are deferred, and ``ours_mean_ms`` has the windows' ends.
 ``textbook_ms`` is MeZO's loop operation by operation (``benchmarks.textbook.Released``), ``lean_textbook_ms`` the same in-place
 arithmetic in as few launches as eager PyTorch allows, on our objective (``Textbook``). ``peak_over_weights`` leaves out what earlier
-measurements of the process left behind (``left_behind_mib``). A row is added to the output as it is measured, or takes the place of an older one of the same settings.
+measurements of the process left behind (``left_behind_mib``). A row is added to the output as it is measured, or takes the place of an
+older one of the same settings.
 """
 
 from __future__ import annotations

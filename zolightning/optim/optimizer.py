@@ -118,7 +118,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._on_device = (lr, 0)  # what these two hold
         self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
         self._graphs = StepGraphs(self._compute)
-        self._side = torch.cuda.Stream(space.device) if space.device.type == "cuda" else None
+        self._side = torch.cuda.Stream(space.device, priority=-1) if space.device.type == "cuda" else None
         probes, constant = len(self.estimator.probes), self.sampler.constant_scales and space.active(self._clock) is None
         #: What the latest steps did.
         self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
