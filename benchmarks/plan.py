@@ -84,7 +84,7 @@ class Plan:
 
     def rates(self, method: str) -> list[float]:
         """The listed learning rates of a method."""
-        return [float(lr) for lr in self.methods[method].get("lrs", self.search["lrs"])]
+        return [float(lr) for lr in self.methods[method].get("lrs") or self.search["lrs"]]
 
     def sharing(self, cell: Cell) -> list[Cell]:
         """The methods that search the same list of rates, on the same task."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=None, help="steps that are timed; 30 on a GPU, 3 on a CPU")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of quantised.json")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     repeats = arguments.repeats or (30 if device.type == "cuda" else 3)
     import bitsandbytes

@@ -137,9 +137,9 @@ def parts(optimizer: ZOOptimizer, repeats: int) -> dict[str, float]:
         view = space._view(directions[0], 1e-3, 2)
         for host in space._hosts:
             host.materialise(view, whole=False)
-            for index in host.lazy.difference(view.paths):
-                source = space._lazy(index, view).source
-                if isinstance(host.module, nn.Linear) and isinstance(source, Matrix):
+            for owner in host.owners:
+                source = space._source(owner.index, view) if owner.index in host.lazy and isinstance(owner.module, nn.Linear) else None
+                if isinstance(source, Matrix):
                     for pack in source._pieces:
                         source._make(pack)
 

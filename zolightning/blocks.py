@@ -53,6 +53,11 @@ class Block:
         return self.tensor.numel()
 
     @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.tensor.element_size()
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type in which the weights are stored."""
         return self.tensor.dtype

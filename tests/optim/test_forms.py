@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from zolightning.objectives import CandidateCrossEntropy, Objective, TokenCrossEntropy
 from zolightning.objectives.base import BoundObjective
-from zolightning.optim import ZOOptimizer
+from zolightning.optim import ZOOptimizer, probing
 from zolightning.optim.probing import Form, probe_losses
-from zolightning.samplers import GaussianSampler, RademacherSampler
-from zolightning.spaces import DenseSpace
+from zolightning.samplers import GaussianSampler, LowRankSampler, RademacherSampler, Sampler
+from zolightning.spaces import DenseSpace, hosts, routed, swapping
 
 PAIRABLE = ("llama", "opt", "qwen2", "gemma", "gpt2")
 
@@ -37,8 +38,8 @@ def answers() -> dict[str, Any]:
     return {**batch, "scored": scored, "max_scored": 3, "example": torch.arange(4), "choice": torch.zeros(4, dtype=torch.int64)}
 
 
-def losses(model: nn.Module, bound: BoundObjective, form: Form) -> Tensor:
-    space, sampler = DenseSpace(model), GaussianSampler()
+def losses(model: nn.Module, bound: BoundObjective, form: Form, sampler: Sampler | None = None) -> Tensor:
+    space, sampler = DenseSpace(model), sampler or GaussianSampler()
     sampler.bind(space)
     probes = ZOOptimizer(space).estimator.probes
     with torch.no_grad():
@@ -126,6 +127,23 @@ class TestChoice:
         with pytest.raises(ValueError, match="pair=true does not work here: row losses differ by"):
             step(Mixing(), candidates(), pair=True)
 
+    @pytest.mark.parametrize(("noise", "right"), [(1e-2, True), (0.2, False)])
+    def test_rounding_is_told_from_a_wrong_forward(self, noise: float, right: bool) -> None:
+        """Losses that another form rounds otherwise are compared further out, where the perturbation matters more."""
+
+        class Rounded(CandidateCrossEntropy):
+            def rows(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+                loss, weight = super().rows(model, batch)
+                return loss + (noise * loss.sign() * (-1) ** torch.arange(len(loss)) if len(loss) == 8 else 0), weight
+
+        optimizer = ZOOptimizer(DenseSpace(tiny("llama")), lr=1e-3, eps=1e-3, pair=True)
+        bound = Rounded().on(optimizer.space.model, candidates())
+        if right:
+            optimizer.step(bound)
+            return
+        with pytest.raises(ValueError, match="pair=true does not work here: row losses differ by"):
+            optimizer.step(bound)
+
     def test_a_reward_is_probed_sign_by_sign(self) -> None:
         class Held(CandidateCrossEntropy):
             several_forwards = True
@@ -174,3 +192,54 @@ def test_compiled_layers(caplog: pytest.LogCaptureFixture) -> None:
         assert torch.allclose(losses(model, bound, Form(paired=True, compiled=True)), apart, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile as far as the traced graph: fast, and it is the tracing that the tests are about."""
+    monkeypatch.setattr(probing, "_compiled", cache(lambda kind: torch.compile(kind.forward, backend="aot_eager")))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(("kind", "large"), [("llama", True), ("opt", True), ("low rank", False)])
+def test_compiled_layers_with_weights_made_where_they_are_read(kind: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers too large to be made at once, and directions of low rank: the losses of plain probes, one compilation, no trace."""
+    if large:
+        monkeypatch.setattr(hosts, "LAYER_BYTES", 2000)
+        monkeypatch.setattr(swapping, "LAYER_BYTES", 2000)
+        monkeypatch.setattr(hosts, "MATRIX_BYTES", 2000)
+    model = tiny("llama" if kind == "low rank" else kind)
+    bound = CandidateCrossEntropy().on(model, candidates())
+
+    def sampler() -> Sampler:
+        return LowRankSampler(2, 5) if kind == "low rank" else GaussianSampler()
+
+    before, kinds = state_bits(model), [type(module) for module in model.modules()]
+    apart = losses(model, bound, Form(), sampler())
+    for paired in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert torch.allclose(losses(model, bound, Form(paired=paired, compiled=True), sampler()), apart, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert [type(module) for module in model.modules()] == kinds
+    assert state_bits(model) == before
+    assert not routed._sources
+    assert hook_count(model) == 0
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_weight_that_the_layer_reads_itself_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ghost is NaN to all but its linear map, so that a compiled form that would miss a perturbation is not taken."""
+    for module in (hosts, swapping):
+        monkeypatch.setattr(module, "LAYER_BYTES", 2000)
+    model = tiny("llama")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        forward = attention.forward
+        attention.forward = lambda *a, _f=forward, _m=attention, **k: (_f(*a, **k)[0] + _m.q_proj.weight.mean(), None)
+    bound = CandidateCrossEntropy().on(model, candidates())
+    assert losses(model, bound, Form()).isfinite().all()
+    assert losses(model, bound, Form(compiled=True)).isnan().all()
+    with pytest.raises(ValueError, match="compile=true does not work here: row losses differ by nan"):
+        step(model, candidates(), compile=True)

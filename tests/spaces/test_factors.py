@@ -134,8 +134,8 @@ def test_common(dtype: torch.dtype) -> None:
 def test_a_large_matrix_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pieces have the bits of the whole: one sign, both signs, with a bias."""
     monkeypatch.setattr(hosts, "LAYER_BYTES", 0)
-    model = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 8)).eval()
-    x, outputs = torch.randn(4, 16), []
+    model = nn.Linear(16, 40).eval()
+    x, outputs = torch.eye(16), []  # its products are exact, in whatever order they are summed
     for limit in (1 << 28, 1000):
         monkeypatch.setattr(hosts, "MATRIX_BYTES", limit)
         space, sampler = DenseSpace(model), GaussianSampler()
@@ -147,8 +147,8 @@ def test_a_large_matrix_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
                 outputs.append(model(x))
             with space.pair(direction, 1e-2):
                 outputs.append(model(torch.cat([x, x])))
-    assert bits(outputs[0]) == bits(outputs[2])
-    assert torch.allclose(outputs[1], outputs[3], atol=1e-6)
+    assert bits(outputs[0]) == bits(outputs[2]) == bits(outputs[1][:16])
+    assert bits(outputs[1]) == bits(outputs[3])
 
 
 @pytest.mark.parametrize(("argument", "value"), [("rank", 0), ("window", 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ class StepGraphs:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None  # one for all: each stream that multiplies matrices gets 32 MiB for good
 
-    def rehearse(self, bound: BoundObjective) -> bool:
-        """Whether a step, without the change of the weights, runs without waiting for the device."""
+    def rehearse(self, bound: BoundObjective) -> str:
+        """Run a step without the change of the weights; where it waits for the device, empty if it does not."""
         static = bound.to(with_padding(_static(bound).batch))
         self._warm_up(static)
         before, asked = torch.cuda.get_sync_debug_mode(), torch.cuda.is_current_stream_capturing
@@ -52,11 +53,12 @@ class StepGraphs:
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
-            return False
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+            return f"{frames[-1].filename}, line {frames[-1].lineno}"
         finally:
             torch.cuda.set_sync_debug_mode(before)
             torch.cuda.is_current_stream_capturing = asked
-        return True
+        return ""
 
     def run(self, bound: BoundObjective, settings: Any) -> tuple[Tensor, ...]:
         """Replay the step on a batch.

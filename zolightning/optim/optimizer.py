@@ -56,7 +56,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         pair: Evaluate both signs of a probe in one forward of twice the rows, so that weights and noise are made once;
             ``None``: on a GPU, if a comparison before the first step finds the same row losses.
         capture: Replay steps as CUDA graphs; ``None``: on a GPU, if nothing in the step waits for the device.
-        compile: Run repeated layers of up to 128 MiB through ``torch.compile``; ``None``: where steps are captured. The first step
+        compile: Run repeated layers through ``torch.compile``; ``None``: where steps are captured. The first step
             then takes up to half a minute longer.
 
     Raises:
@@ -335,7 +335,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             return "the kernels for it run on a GPU, and know Gaussian and Rademacher noise"
         group["form"] = asdict(form)
         try:
-            return "" if self._graphs.rehearse(bound) else "something in the step waits for the device"
+            place = self._graphs.rehearse(bound)
+            return f"the step waits for the device ({place})" if place else ""
         finally:
             group["form"] = None
 

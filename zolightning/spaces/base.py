@@ -58,6 +58,8 @@ class Space(ABC):
         self._places = [block.tensor.data_ptr() for block in self.blocks]
         #: Keep the moves of low rank beside the weights, until :meth:`settle` or the end of their window; weight decay waits with them.
         self.deferred = False
+        #: Whether the forward of :attr:`layers` is a compiled one at present.
+        self.compiled = False
         self._sampler: Sampler | None = None  # whose factors these are
         self._factors: Factors | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +20,7 @@ from zolightning.spaces.paired import linear_in_halves
 
 #: A larger matrix is made in pieces of at most half the size, in bytes.
 MATRIX_BYTES = 256 << 20
-#: A layer is perturbed as a whole, by one launch, up to this size in bytes; a larger one module by module.
+#: A layer is perturbed as a whole, by one launch, up to this size in bytes; in a larger one each matrix where it is read.
 LAYER_BYTES = 128 << 20
 
 
@@ -41,6 +41,11 @@ class Owner:
     module: nn.Module
     leaf: str
     holder: object = None
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is the matrix of an embedding or a linear map."""
+        return self.holder is None and self.leaf == "weight" and isinstance(self.module, nn.Embedding | nn.Linear)
 
     @property
     def slots(self) -> dict[str, Any]:
@@ -81,16 +86,18 @@ class Host:
         self.blocks = {index: blocks[index] for index in self.indices}
         self._packs: dict[frozenset[int], Pack] = {}  # by the blocks that are left out
 
-    def nbytes(self, without: Container[int] = ()) -> int:
-        """Size of the blocks, without some."""
-        return sum(block.numel * block.tensor.element_size() for index, block in self.blocks.items() if index not in without)
-
     @cached_property
     def lazy(self) -> frozenset[int]:
-        """Blocks that are made where they are read: the matrix of an embedding or linear map that is a host itself."""
-        if not isinstance(self.module, nn.Embedding | nn.Linear) or any(owner.module is not self.module for owner in self.owners):
+        """Blocks that are made where they are read: the matrices of embeddings and linear maps, if the host is one or is large."""
+        if any(owner.module is not self.module for owner in self.owners) and nbytes(self.blocks.values()) <= LAYER_BYTES:
             return frozenset()
-        return frozenset(owner.index for owner in self.owners if owner.leaf == "weight")
+        return frozenset(owner.index for owner in self.owners if owner.matrix)
+
+    def scratch(self, small: Container[int]) -> int:
+        """Bytes that a probe needs for one copy of the blocks, without some."""
+        at_once = [block for index, block in self.blocks.items() if index not in self.lazy and index not in small]
+        one_by_one = [min(block.nbytes, MATRIX_BYTES) for index, block in self.blocks.items() if index in self.lazy and index not in small]
+        return nbytes(at_once) + max(one_by_one, default=0)
 
     def materialise(self, view: View, whole: bool) -> dict[int, Tensor]:
         """The perturbed blocks by number, each ``[copies, *shape]``; ``whole``: the lazy ones too, but not those with a path."""
@@ -142,11 +149,18 @@ class Matrix:
 
 def pieces(index: int, block: Block) -> list[Pack]:
     """A matrix cut into rows, of at most half of :data:`MATRIX_BYTES` if it is larger than that, for passes over one after another."""
-    height, nbytes = block.tensor.shape[0], block.numel * block.tensor.element_size()
-    rows_each = height if nbytes <= MATRIX_BYTES else max(8, (MATRIX_BYTES // 2) * height // nbytes // 8 * 8)  # noise comes in eights
+    height = block.tensor.shape[0]
+    rows_each = (
+        height if block.nbytes <= MATRIX_BYTES else max(8, (MATRIX_BYTES // 2) * height // block.nbytes // 8 * 8)
+    )  # noise comes in eights
     starts = range(0, height, rows_each)
     width = block.numel // max(height, 1)
     return [Pack([block.tensor[s : s + rows_each]], [block.id], [index], [s * width]) for s in starts]
+
+
+def nbytes(blocks: Iterable[Block]) -> int:
+    """Size of some blocks."""
+    return sum(block.nbytes for block in blocks)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,11 +15,12 @@ from zolightning import kernels
 from zolightning.blocks import Block
 from zolightning.samplers.base import Direction
 from zolightning.spaces.base import SetupReport, Space
-from zolightning.spaces.hosts import LAYER_BYTES, Host, Matrix, Owner, View, layer_paths, pieces
+from zolightning.spaces.hosts import LAYER_BYTES, Host, Matrix, Owner, View, layer_paths, nbytes, pieces
 from zolightning.spaces.interrupts import uninterrupted
-from zolightning.spaces.lazy import LazyWeight
+from zolightning.spaces.lazy import LazyWeight, Source
 from zolightning.spaces.paired import pair, pairable, unpair
 from zolightning.spaces.resolution import resolvable_eps
+from zolightning.spaces.routed import Routed, ghost, lay, routable, route, unroute
 from zolightning.spaces.watch import ProbeWatch
 
 _SAMPLE = 1 << 16  # elements of a block that the resolution check looks at
@@ -53,7 +54,7 @@ class SwapSpace(Space):
         self.restore()  # nothing to do, unless interrupts came so fast that the last probe could not
         try:
             if hold:
-                self._swap(self._everything, view, True)
+                self._swap(self._everything, view, whole=True)
                 yield
                 return
             with uninterrupted():  # between a hook and its handle an interrupt would leave the hook for good
@@ -77,7 +78,7 @@ class SwapSpace(Space):
         self.restore()
         try:
             with uninterrupted():
-                lazy = {id(owner.module) for host in self._hosts for owner in host.owners if owner.index in host.lazy.union(view.paths)}
+                lazy = {id(owner.module) for host in self._hosts for owner in host.owners if self._unmade(host, owner, view)}
                 pair(owner.module for owner in self._owners if id(owner.module) not in lazy)
                 self._hook(view)
             yield
@@ -91,9 +92,7 @@ class SwapSpace(Space):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The repeated layers that are perturbed as a whole."""
-        if self.held:  # compilers do not know a weight that is not one
-            return []
+        """The repeated layers that are perturbed around their forward, not inside."""
         paths = set(layer_paths(self.model))
         return [host.module for host in self._hosts if host.path in paths]
 
@@ -108,20 +107,21 @@ class SwapSpace(Space):
             self._handles.pop().remove()
         self._restore(self._everything)
         unpair(owner.module for owner in self._owners)
+        unroute(owner.module for owner in self._owners)
 
     def scratch(self, copies: int, hold: bool) -> int:
         small = self._factors.indices if self._factors is not None else ()
-        sizes = [host.nbytes(small) for host in self._hosts]
-        return copies * (sum(sizes) if hold else max(sizes))
+        if hold:
+            return copies * nbytes(block for index, block in enumerate(self.blocks) if index not in small)
+        return copies * max(host.scratch(small) for host in self._hosts)
 
     def _place(self) -> list[Host]:
         """Decide during whose forward each block is swapped: that of its layer, of its module, or of the module's parent."""
         layers = layer_paths(self.model)
         layer_of = {owner.path: next((p for p in layers if f"{owner.path}.".startswith(f"{p}.")), None) for owner in self._owners}
-        sizes: dict[str, int] = defaultdict(int)
+        sizes: dict[str, int] = defaultdict(int)  # of what a layer that is large would have made at once
         for owner in self._owners:
-            block = self.blocks[owner.index]
-            sizes[layer_of[owner.path] or ""] += block.numel * block.tensor.element_size()
+            sizes[layer_of[owner.path] or ""] += 0 if owner.matrix else self.blocks[owner.index].nbytes
         places: dict[str, list[Owner]] = defaultdict(list)
         for owner in self._owners:
             layer, parent = layer_of[owner.path], owner.path.rpartition(".")[0] if owner.path else ""
@@ -130,11 +130,22 @@ class SwapSpace(Space):
         return [Host(path, self.model.get_submodule(path), owners, self.blocks) for path, owners in places.items()]
 
     def _hook(self, view: View) -> None:
+        layers = {id(layer) for layer in self.layers} if self.compiled else ()
         for host in self._hosts:
-            self._handles.append(host.module.register_forward_pre_hook(partial(self._swap, host, view, False)))
+            opaque = [
+                owner for owner in host.owners if id(host.module) in layers and self._unmade(host, owner, view) and routable(owner.module)
+            ]
+            route(owner.module for owner in opaque)
+            swap = partial(self._swap, host, view, opaque=frozenset(owner.index for owner in opaque))
+            self._handles.append(host.module.register_forward_pre_hook(swap))
             self._handles.append(host.module.register_forward_hook(partial(self._restore, host), always_call=True))
 
-    def _swap(self, host: Host, view: View, whole: bool, *hook_arguments: Any) -> None:
+    @staticmethod
+    def _unmade(host: Host, owner: Owner, view: View) -> bool:
+        """Whether a block is made where it is read, or computed with by something else."""
+        return owner.index in host.lazy or owner.index in view.paths
+
+    def _swap(self, host: Host, view: View, *hook_arguments: Any, whole: bool = False, opaque: Container[int] = ()) -> None:
         with self._unseen():
             fresh = host.materialise(view, whole)
             if view.copies == 1:
@@ -143,19 +154,21 @@ class SwapSpace(Space):
                 fresh = {index: tensor.clone() for index, tensor in fresh.items()}
             for owner in host.owners:
                 if owner.index not in fresh:
-                    fresh[owner.index] = self._lazy(owner.index, view)
+                    source, weight = self._source(owner.index, view), self.blocks[owner.index].tensor
+                    fresh[owner.index] = ghost(weight, source) if owner.index in opaque else LazyWeight.of(weight, source)
                 elif self._watch and not isinstance(fresh[owner.index], LazyWeight):
                     self._watch.expect(self.blocks[owner.index].name, fresh[owner.index])
                 owner.slots[owner.leaf] = fresh[owner.index]
 
-    def _lazy(self, index: int, view: View) -> LazyWeight:
+    def _source(self, index: int, view: View) -> Source:
+        """What computes with a block that is not made."""
         block, source = self.blocks[index], view.paths.get(index)
         if source is None:
             if index not in self._pieces:
                 self._pieces[index] = pieces(index, block)
             source = Matrix(index, block, self._pieces[index], view)
         source.reading = partial(self._reading, block.name)
-        return LazyWeight.of(block.tensor, source)
+        return source
 
     def _reading(self, name: str) -> AbstractContextManager[None]:
         if self._watch:
@@ -172,6 +185,8 @@ class SwapSpace(Space):
             scratch, slots[owner.leaf] = slots[owner.leaf], self.blocks[owner.index].tensor
             if self._watch and scratch is not None and not isinstance(scratch, LazyWeight):
                 self._watch.forget(scratch)
+            if isinstance(owner.module, Routed) and scratch is not None:
+                lay(scratch)
 
     def verify(self, evaluate: Callable[[], Tensor], direction: Direction, eps: float, hold: bool = False) -> SetupReport:
         report = self._check_resolution(direction, eps)

@@ -93,7 +93,16 @@ class UnionSpace(Space):
 
     @property
     def layers(self) -> list[nn.Module]:
-        return [] if self.held else list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
+        return list(dict.fromkeys(layer for space in self.spaces for layer in space.layers))
+
+    @property
+    def compiled(self) -> bool:
+        return any(space.compiled for space in self.spaces)
+
+    @compiled.setter
+    def compiled(self, compiled: bool) -> None:
+        for space in self.spaces:
+            space.compiled = compiled
 
     @property
     def settings(self) -> dict[str, Any]:
