@@ -5,7 +5,8 @@
 Random weights of a shape, quantised layer by layer, so that the 16-bit model is never whole on the card. ``limit_ms``: two plain
 forwards with the full-vocabulary loss at one position a row, as one CUDA graph; the faster one of plain and compiled layers.
 ``ours_ms``: a step of ``ZOOptimizer`` with its defaults, on a candidate objective. ``peak_gib``: most memory that was allocated in
-training steps; a step is captured anew for it, since a replay asks for none. ``setup_peak_gib``: the same from the making of the space to
+training steps, without what earlier measurements of the process left behind (``left_behind_mib``); a step is captured anew for it,
+since a replay asks for none. ``setup_peak_gib``: the same from the making of the space to
 the end of the first step. Rows are added to the output, or replace those of the same settings, as they come: a command that is cut
 short loses one.
 """
@@ -91,6 +92,8 @@ def fastest_forwards(shape: str, kind: Quantization, tokens: int, device: torch.
 
 def measure(shape: str, kind: Quantization, space: str, tokens: int, device: torch.device, seed: int, repeats: int) -> dict[str, Any]:
     """Time and memory of our step."""
+    gc.collect()
+    left = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     model = make(shape, kind, device, seed)
     batch = shapes.batch(model, ROWS, tokens, device)
     peak(device)
@@ -104,6 +107,8 @@ def measure(shape: str, kind: Quantization, space: str, tokens: int, device: tor
     row["ours_ms"] = milliseconds(lambda: optimizer.step(bound), repeats)
     row["peak_gib"] = peak(device)
     row |= {"moves": moving.numel, "form": optimizer.param_groups[0]["form"], "loss": before, "skipped": optimizer.skipped}
+    row |= {name: row[name] - left for name in ("setup_peak_gib", "peak_gib") if row[name] is not None}
+    row["left_behind_mib"] = left * 1024
     torch._dynamo.reset()
     return row
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 from zolightning.objectives.base import BoundObjective
 from zolightning.objectives.batch import Batch, bucket, with_padding
 
+_TORCH = os.path.dirname(torch.__file__)
 #: Runs a step of a bound objective on the device; with ``live`` false everything but the change.
 Compute = Callable[[BoundObjective, bool], tuple[Tensor, ...]]
 
@@ -53,7 +55,7 @@ class StepGraphs:
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
             return f"{frames[-1].filename}, line {frames[-1].lineno}"
         finally:
             torch.cuda.set_sync_debug_mode(before)
