@@ -3,7 +3,7 @@
     python -m benchmarks.step_time --shapes smollm2-135m llama-3.2-1b --out docs/results
 
 The limit is two plain forwards of the batch with the full-vocabulary loss at one position a row, as one CUDA graph, with compiled
-layers for shapes that are bound by launches. Medians over steps, batch of 16 rows. Ours is ``ZOOptimizer`` with its defaults on a
+layers for shapes that are bound by launches. Medians over 15 to 50 steps, batch of 16 rows. Ours is ``ZOOptimizer`` with its defaults on a
 candidate objective (two candidates a row); with the low-rank sampler updates are deferred, and ``ours_mean_ms`` has the windows' ends.
 ``textbook_ms`` is MeZO's loop operation by operation (``benchmarks.textbook.Released``), ``lean_textbook_ms`` the same in-place
 arithmetic in as few launches as eager PyTorch allows, on our objective (``Textbook``). ``peak_over_weights`` leaves out what earlier
@@ -172,13 +172,13 @@ def profile(optimizer: ZOOptimizer, bound: BoundObjective, top: int = 14) -> lis
     return [(event.key[:90], event.count / steps, round(event.self_device_time_total / steps / 1e3, 4)) for event in kernels]
 
 
-def no_synchronisation(optimizer: ZOOptimizer, bound: BoundObjective) -> bool:
-    """Fifty steps with every wait for the device an error."""
+def no_synchronisation(optimizer: ZOOptimizer, bound: BoundObjective, steps: int) -> bool:
+    """Some steps with every wait for the device an error."""
     if not torch.cuda.is_available():
         return True
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(50):
+        for _ in range(steps):
             optimizer.step(bound)
     except RuntimeError:
         logging.exception("waits for the device")
@@ -194,9 +194,9 @@ def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], de
     made = shapes.batch(model, ROWS, tokens, device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cuda = device.type == "cuda"
-    repeats = 50 if cuda else 3
     with torch.no_grad():
         limit_ms = limit(model, made, shape in shapes.LAUNCH_BOUND and cuda)
+        repeats = min(max(round(3000 / limit_ms), 15), 50) if cuda else 3
         bound, lean, loop = CandidateCrossEntropy().on(model, made), Textbook(model, lr=1e-7), Released(model, lr=1e-7)
         lean_ms = milliseconds(lambda: lean.step(bound), 5 if cuda else 1, warm_up=1)
         sequences = torch.cat([made["input_ids"].repeat_interleave(2, 0)[:, 1:], made["candidates"].reshape(-1, 1)], dim=1)
@@ -217,13 +217,13 @@ def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], de
             "textbook_ms": textbook_ms,
             "lean_textbook_ms": lean_ms,
             "ours_ms": ours_ms,
-            "ours_mean_ms": mean_milliseconds(partial(optimizer.step, bound), 2 * repeats),
+            "ours_mean_ms": mean_milliseconds(partial(optimizer.step, bound), getattr(optimizer.sampler, "window", repeats)),
             "peak_over_weights": peak / weights,
             "left_behind_mib": left / 2**20,
         }
         row |= {"rows": ROWS, "first_step_s": first, "form": optimizer.param_groups[0]["form"], "deferred": optimizer.deferred}
         row |= parts(optimizer, repeats)
-        row["no_synchronisation"] = no_synchronisation(optimizer, bound)
+        row["no_synchronisation"] = no_synchronisation(optimizer, bound, repeats)
         row["profile"] = profile(optimizer, bound)
         if name == "gaussian" and shape in shapes.LAUNCH_BOUND:
             for label, other in (("table", Scaled()), ("pert_nn", PolicySampler(PertNN())), ("again", GaussianSampler())):

@@ -95,9 +95,11 @@ def _keys_and_values(model: Any, tokens: int, seed: int) -> Tensor:
     return torch.stack(parts).permute(2, 0, 1, 3).flatten(1)
 
 
-def _without_positions(model: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
-    """The peft model would drop them with a warning."""
+def _without_positions(model: Any, arguments: Any, options: dict[str, Any]) -> Any:
+    """The peft model would drop them with a warning; and it would copy the numbers of the virtual tokens to the device in every forward."""
     options.pop("position_ids", None)
+    device = model.prompt_encoder["default"].embedding.weight.device
+    model.prompt_tokens["default"] = model.prompt_tokens["default"].to(device)
     return arguments, options
 
 
