@@ -1,12 +1,12 @@
 """Replicas: what n devices do in the time of one, what crosses the wire, whether they agree, and what becomes of a killed one.
 
     python -m benchmarks.replicas --shape smollm2-135m --devices 2 4
-    python -m benchmarks.replicas --shape tiny --devices 2 3 --steps 200 --out docs/results/replicas.json
+    python -m benchmarks.replicas --devices 3 --steps 0 --kill
 
 Each device has the same work, however many there are: in mode ``rows`` its own 16 rows, in mode ``directions`` its own query.
 ``efficiency`` is (rows x forwards a second on n devices) / (n x those on one). ``wire`` is what each device sends in a step. After the
-last step the weights of all are compared bit by bit. Then the command trains ``--pretrained`` on some devices, the last process is
-killed in the middle, and the run goes on with another number; its weights are compared with those of one device. Processes are
+last step the weights of all are compared bit by bit. With ``--kill`` the command trains ``--pretrained`` on the most devices, the last
+process is killed in the middle, and the run goes on with one less; its weights are compared with those of one device. Processes are
 started here; on a machine with GPUs each takes one (NCCL), else a core (gloo).
 """
 
@@ -38,6 +38,7 @@ from zolightning.optim.replicas import Mode
 ROWS = 16  # a device, in mode rows; in all, in mode directions
 WARM_UP = 5
 KILLED_STEPS = 40  # of the run that is killed
+KEY = ("shape", "dtype", "tokens", "mode", "devices", "machine")
 MODES: tuple[Mode, ...] = ("rows", "directions")
 
 
@@ -107,7 +108,12 @@ def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row
             more = [f"--trainer.default_root_dir={folder}/{name}", f"--trainer.devices={count}"]
             return subprocess.Popen([*command, *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-        assert start("one", 1).wait() == 0
+        def finish(run: subprocess.Popen[str]) -> None:
+            error = run.communicate()[1]
+            if run.returncode:
+                raise RuntimeError(error)
+
+        finish(start("one", 1))
         run = start("many", devices)
         while not Path(folder, "many", "checkpoints", "last.ckpt").exists() and run.poll() is None:
             time.sleep(0.05)
@@ -117,7 +123,7 @@ def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row
         took = time.monotonic() - start_of_end
         load = [torch.load(Path(folder, name, "checkpoints", "last.ckpt"), weights_only=True) for name in ("one", "many")]
         step = load[1]["global_step"]
-        assert start("many", then).wait() == 0
+        finish(start("many", then))
         load[1] = torch.load(Path(folder, "many", "checkpoints", "last.ckpt"), weights_only=True)
         one, many = (checkpoint["state_dict"] for checkpoint in load)
         equal = all(torch.equal(tensor, many[name]) for name, tensor in one.items())
@@ -149,22 +155,27 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", type=int, default=[2])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="of each run that is timed; 0: none is")
+    parser.add_argument("--kill", action="store_true", help="kill a process of a run, and go on with one device less")
     parser.add_argument("--pretrained", default="demo", help="trained by the command in the run that is killed")
     parser.add_argument("--out", type=Path, default=Path("docs/results/replicas.json"))
     arguments = parser.parse_args()
-    rows: list[ledger.Row] = []
-    for mode in MODES:
-        base = measure(1, mode, arguments)
-        for row in [base, *(measure(world, mode, arguments) for world in arguments.devices)]:
+    about, rows = {**ledger.made_by(), "command": ledger.command("replicas"), "cores": os.cpu_count()}, list[ledger.Row]()
+    if arguments.steps:
+        found = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"] if arguments.out.exists() else []
+        wanted = {**about, "shape": arguments.shape, "dtype": arguments.dtype, "tokens": arguments.tokens, "devices": 1}
+        known = [row for row in found if all(row[name] == wanted[name] for name in (*KEY, "commit") if name != "mode")]
+        base = known[0] if known else measure(1, "rows", arguments)  # one query of one device's rows: the same in both modes
+        for row in [base, *(measure(world, mode, arguments) for world in arguments.devices for mode in MODES)]:
             row["efficiency"] = round(row["row_forwards_per_second"] / row["devices"] / base["row_forwards_per_second"], 4)
             rows.append(row)
-            print(table(rows)[0 if len(rows) == 1 else -1], *([table(rows)[-1]] if len(rows) == 1 else []), sep="\n", flush=True)
-    most = max(arguments.devices)
-    resumed = killed(most, most - 1, arguments)
-    print(json.dumps(resumed, indent=1))
-    result = {"command": ledger.command("replicas"), **ledger.made_by(), "cores": os.cpu_count(), "rows": rows, "killed": resumed}
-    ledger.write(arguments.out, result)
+            print(table(rows)[-1], flush=True)
+            ledger.replace(arguments.out, row | about, KEY)
+        print(*table(rows), sep="\n", flush=True)
+    if arguments.kill:
+        row = killed(max(arguments.devices), max(arguments.devices) - 1, arguments)
+        print(json.dumps(row, indent=1))
+        ledger.replace(arguments.out.with_stem(arguments.out.stem + "_killed"), row | about, ("pretrained", "devices", "machine"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from zolightning.blocks import Block
 from zolightning.kernels import Pack, rows
 from zolightning.samplers.base import Direction
 from zolightning.spaces.lazy import Source
-from zolightning.spaces.paired import linear_in_halves
+from zolightning.spaces.paired import linear_half_by_half
 
 #: A larger matrix is made in pieces of at most half the size, in bytes.
 MATRIX_BYTES = 256 << 20
@@ -135,7 +135,7 @@ class Matrix:
         for pack in self._pieces:
             made = self._make(pack)
             own = bias[..., first : first + made.shape[1]] if bias is not None else None
-            parts.append(F.linear(x, made[0], own) if self.copies == 1 else linear_in_halves(x, made, own))
+            parts.append(F.linear(x, made[0], own) if self.copies == 1 else linear_half_by_half(x, made, own))
             first += made.shape[1]
         return _joined(parts, -1)
 
