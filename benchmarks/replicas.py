@@ -13,6 +13,7 @@ started here; on a machine with GPUs each takes one (NCCL), else a core (gloo).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -72,6 +73,7 @@ def work(rank: int, world: int, mode: Mode, arguments: argparse.Namespace, folde
     }
     Path(folder, str(rank)).write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
+    optimizer.release()
     dist.destroy_process_group()
 
 
@@ -166,7 +168,7 @@ def main() -> None:
         wanted = {**about, "shape": arguments.shape, "dtype": arguments.dtype, "tokens": arguments.tokens, "devices": 1}
         known = [row for row in found if all(row[name] == wanted[name] for name in (*KEY, "commit") if name != "mode")]
         base = known[0] if known else measure(1, "rows", arguments)  # one query of one device's rows: the same in both modes
-        for row in [base, *(measure(world, mode, arguments) for world in arguments.devices for mode in MODES)]:
+        for row in itertools.chain([base], (measure(world, mode, arguments) for world in arguments.devices for mode in MODES)):
             row["efficiency"] = round(row["row_forwards_per_second"] / row["devices"] / base["row_forwards_per_second"], 4)
             rows.append(row)
             print(table(rows)[-1], flush=True)

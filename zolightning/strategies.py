@@ -102,6 +102,13 @@ class ReplicaStrategy(DDPStrategy):
         with contact():
             return super().reduce(tensor, group, reduce_op)
 
+    def teardown(self) -> None:
+        """Let go of captured steps, which hold the connection."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ZOOptimizer):
+                optimizer.release()
+        super().teardown()
+
     def on_exception(self, exception: BaseException) -> None:
         """One process speaks, and all leave."""
         super().on_exception(exception)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from nets import VOCABULARY, bits, state_bits, tiny
 from torch import nn
 
 from zolightning.objectives import CandidateCrossEntropy, TokenCrossEntropy
 from zolightning.objectives.base import BoundObjective
-from zolightning.optim import ZOOptimizer
+from zolightning.optim import Replicas, ZOOptimizer
 from zolightning.policies import FeaturePolicy, PertNN
 from zolightning.samplers import GaussianSampler, LowRankSampler, PolicySampler, RademacherSampler, Sampler
 from zolightning.spaces import DenseSpace, LowRankSpace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-CUDA = torch.device("cuda")
+CUDA, CUDA0 = torch.device("cuda"), torch.device("cuda", 0)
 SAMPLERS = {
     "gaussian": GaussianSampler,
     "rademacher": RademacherSampler,
@@ -166,3 +169,20 @@ def test_an_objective_that_waits_is_launched_step_by_step() -> None:
     optimizer.step(Waiting().on(model, bound(model, 0).batch))
     assert not optimizer._form.captured
     assert optimizer._form.paired
+
+
+def test_nccl_inside_a_graph(tmp_path: Path) -> None:
+    """One replica alone: the gather is captured, the bits are those without it, and the group can be destroyed afterwards."""
+    weights = []
+    for alone in (True, False):
+        model = tiny("llama", torch.bfloat16).to(CUDA)
+        optimizer = make(model, GaussianSampler(), pair=True, capture=True, compile=False)
+        if not alone:
+            dist.init_process_group("nccl", f"file://{tmp_path}/store", timedelta(seconds=60), 1, 0, device_id=CUDA0)
+            optimizer.replicas = Replicas("directions")
+        for step in range(4):
+            optimizer.step(bound(model, step))
+        weights.append(state_bits(model))
+    optimizer.release()
+    dist.destroy_process_group()
+    assert weights[0] == weights[1]

@@ -83,6 +83,12 @@ class StepGraphs:
         captured.graph.replay()
         return tuple(output.clone() for output in captured.outputs)
 
+    def clear(self) -> None:
+        """Forget all steps; they are captured anew where they are run again."""
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
+
     def _capture(self, bound: BoundObjective) -> _Captured:
         self._warm_up(bound)
         self._pool = self._pool or torch.cuda.graph_pool_handle()

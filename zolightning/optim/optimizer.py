@@ -269,6 +269,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the recorded steps do not go on from step {self.steps}")
         self._recorded, self.looks.recorded = deque(rows), frozenset(looks)
 
+    def release(self) -> None:
+        """Let go of captured steps. Replicas have to, before their process group is destroyed: NCCL waits for graphs that it is part of."""
+        self._graphs.clear()
+
     @property
     def repeating(self) -> bool:
         """Whether the next step is one of :meth:`repeat`."""
