@@ -77,8 +77,13 @@ def run_all(config: dict[str, Any], workers: int, minutes: float = math.inf) -> 
 
 def see(gpu: int) -> None:
     """Let this process have one GPU of several."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_name(gpu)
+
+
+def gpu_name(number: int) -> str:
+    """What CUDA calls one of the GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    return visible.split(",")[number] if visible else str(number)
 
 
 def main(options: list[str] | None = None) -> None:

@@ -4,13 +4,13 @@
 
 It does what is not done yet, in this order, and leaves before the time is up:
 
-1. ``statistics.jsonl``: statistics of the blocks on the design tasks (benchmarks.collect_statistics).
-2. ``published.safetensors``: a run of configs/meta/published.yaml.
-3. ``policy_design.jsonl``: headroom, controls and candidates on the design tasks, each policy made without the task.
-4. ``chosen.json``, ``ours.safetensors``: the choice (benchmarks.choose). Here it stops until called with ``--frozen``: commit first.
-5. ``policy_rest.jsonl``: the other tasks.
-6. ``policy_reuse.jsonl``: the same policy on a derived checkpoint (benchmarks.derive).
-7. ``policy_seen.jsonl``: all methods and seeds on the design tasks, for the whole table.
+1. ``statistics.jsonl``: statistics of the blocks on the design tasks (benchmarks.collect_statistics), and beside it
+   ``published.safetensors``: a run of configs/meta/published.yaml.
+2. ``policy_design.jsonl``: headroom, controls and candidates on the design tasks, each policy made without the task.
+3. ``chosen.json``, ``ours.safetensors``: the choice (benchmarks.choose). Here it stops until called with ``--frozen``: commit first.
+4. ``policy_rest.jsonl``: the other tasks.
+5. ``policy_reuse.jsonl``: the same policy on a derived checkpoint (benchmarks.derive).
+6. ``policy_seen.jsonl``: all methods and seeds on the design tasks, for the whole table.
 
 The folder ``state`` holds all that a later call needs, eight files; everything else is made again in ``work``.
 """
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks import choose, collect_statistics, derive, grid, make_policies
+from benchmarks.grid import gpu_name
 from benchmarks.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -58,34 +59,51 @@ class Pipeline:
         """Minutes left."""
         return float(self.options.minutes) - (time.monotonic() - self.start) / 60
 
-    def statistics(self) -> bool:
-        """Measure what is missing; whether all is there."""
-        o, path = self.options, self.state / "statistics.jsonl"
-        tasks, places = o.tasks.split(","), o.points
-        if len(collect_statistics.load(path)) < len(tasks) * places:
-            print(f"statistics of {o.tasks} at {places} places", flush=True)
-            collect_statistics.main([
-                f"--pretrained={o.pretrained}", f"--data={o.data}", f"--tasks={o.tasks}", f"--batches={o.batches}", f"--points={places}",
-                f"--trajectory={o.trajectory}", f"--output={self.state}", f"--minutes={self.left}",
-            ])  # fmt: skip
-            (self.state / "statistics.safetensors").unlink(missing_ok=True)  # the same numbers once more
-            release()
-        return len(collect_statistics.load(path)) == len(tasks) * places
-
-    def published(self) -> bool:
-        """Run the published recipe, if there is time for all of it."""
-        o, path, folder = self.options, self.state / "published.safetensors", Path(self.options.work) / "meta_published"
-        if not path.exists():
-            if self.left < PUBLISHED_MINUTES:
-                return False
+    def measured(self) -> bool:
+        """Statistics of all tasks, each in a process of its own, and beside them the published recipe; whether all is there."""
+        o, work = self.options, {}
+        for task in o.tasks.split(","):
+            if self._places(task) < o.points:
+                work[task] = [
+                    "benchmarks.collect_statistics", f"--pretrained={o.pretrained}", f"--data={o.data}", f"--tasks={task}",
+                    f"--batches={o.batches}", f"--points={o.points}", f"--trajectory={o.trajectory}", f"--output={self.state}",
+                    f"--minutes={self.left}",
+                ]  # fmt: skip
+        path, folder = self.state / "published.safetensors", Path(o.work) / "meta_published"
+        if not path.exists() and self.left >= PUBLISHED_MINUTES:
             rows = collect_statistics.train_file(Path(o.data), "copa")
-            command = [sys.executable, "-m", "zolightning", "fit", f"--config={ROOT / 'configs' / 'meta' / 'published.yaml'}",
-                       f"--model.pretrained={o.pretrained}", f"--data.train_file={rows}", f"--data.validation_file={rows}",
-                       f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false", *o.published]  # fmt: skip
-            print("the published recipe", flush=True)
-            subprocess.run(command, check=True)
+            work["published"] = [
+                "zolightning", "fit", f"--config={ROOT / 'configs' / 'meta' / 'published.yaml'}", f"--model.pretrained={o.pretrained}",
+                f"--data.train_file={rows}", f"--data.validation_file={rows}", f"--trainer.default_root_dir={folder}",
+                "--trainer.enable_progress_bar=false", *o.published,
+            ]  # fmt: skip
+        if work:
+            print("measured beside one another:", *work, flush=True)
+            self._beside(work)
+            (self.state / "statistics.safetensors").unlink(missing_ok=True)  # the same numbers once more
+        if (folder / "policy.safetensors").exists():
             shutil.copy(folder / "policy.safetensors", path)
-        return True
+        return path.exists() and all(self._places(task) == o.points for task in o.tasks.split(","))
+
+    def _places(self, task: str) -> int:
+        """Places at which a task was measured."""
+        return sum(one == task for one, _ in collect_statistics.load(self.state / "statistics.jsonl"))
+
+    def _beside(self, work: dict[str, list[str]]) -> None:
+        """Run modules as processes, spread over the GPUs, until all have ended or the time is up."""
+        gpus, running = max(torch.cuda.device_count(), 1), {}
+        for number, (name, (module, *options)) in enumerate(work.items()):
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu_name(number % gpus)}
+            running[name] = subprocess.Popen([sys.executable, "-m", module, *options], env=environment)
+        try:
+            for name, process in running.items():
+                if process.wait(max(self.left * 60, 0.1)):
+                    raise SystemExit(f"{name} failed with status {process.returncode}")
+        except subprocess.TimeoutExpired:
+            print("time is up", flush=True)
+        finally:
+            for process in running.values():
+                process.kill()
 
     def make(self) -> bool:
         """All policies of the grids, in the work folder."""
@@ -133,7 +151,7 @@ class Pipeline:
     def stages(self) -> bool:
         """All in order, up to the first that is not done."""
         return (
-            self.statistics() and self.published() and self.make() and self.run("policy_design") and self.choose()
+            self.measured() and self.make() and self.run("policy_design") and self.choose()
             and self.run("policy_rest") and self.derived() and self.run("policy_reuse") and self.run("policy_seen")
         )  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -117,7 +119,7 @@ def test_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return "done"
 
     monkeypatch.setattr(grid, "execute", pretend)
-    pool = SimpleNamespace(Pool=lambda workers, maxtasksperchild: ThreadPool(workers))
+    pool = SimpleNamespace(Pool=lambda workers, see, gpu, maxtasksperchild: ThreadPool(workers))
     monkeypatch.setattr(grid.multiprocessing, "get_context", lambda kind: pool)
     assert grid.run_all(settings, 2, minutes=0.05) == 0
     assert not Plan(settings).done
@@ -128,6 +130,30 @@ def test_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     grid.run_all(settings, 2, minutes=0.5)
     assert Plan(settings).outlook()[0] == 0
     assert "0 runs are left" in capsys.readouterr().out
+
+
+def test_all_gpus_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU has workers of its own, who see no other, and the next run goes where least is going on."""
+    settings, used = config(tmp_path, a={"build": "x"}), Counter[int]()
+
+    def pool(workers: int, see: Any, gpu: tuple[int], maxtasksperchild: int) -> Any:
+        def apply_async(execute: Any, arguments: tuple[Run]) -> Any:
+            used[gpu[0]] += 1
+            return threads.apply_async(execute, arguments)
+
+        threads = ThreadPool(workers)
+        return SimpleNamespace(apply_async=apply_async, terminate=threads.terminate)
+
+    monkeypatch.setattr(grid, "execute", lambda run: end(settings, run, 0.5 + valley(run)))
+    monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(grid.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=pool))
+    assert grid.run_all(settings, 2) == 0
+    assert Plan(settings).outlook()[0] == 0
+    assert set(used) == {0, 1}
+    for visible, name in (("", "1"), ("4,7", "7")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        grid.see(1)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == name
 
 
 def test_runs(tmp_path: Path, tiny_folder: str) -> None:

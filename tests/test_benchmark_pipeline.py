@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +74,24 @@ def test_derive(tmp_path: Path, tiny_folder: str) -> None:
     assert derive.digest(load_model(str(tmp_path / "one"), "float32")) == names[0]
 
 
+def test_processes_beside_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They see one GPU each; when the time is up they end; one that fails ends all with its name."""
+    monkeypatch.setattr(policy_pipeline.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (tmp_path / "note.py").write_text("import os, sys, pathlib\npathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    (tmp_path / "sleep.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "fail.py").write_text("raise SystemExit(3)\n")
+    pipeline = policy_pipeline.Pipeline(SimpleNamespace(state=tmp_path, work=tmp_path, pretrained="m", data="d", minutes=1.0))
+    pipeline._beside({str(n): ["note", str(tmp_path / f"{n}.txt")] for n in range(3)})
+    assert [(tmp_path / f"{n}.txt").read_text() for n in range(3)] == ["0", "1", "0"]
+    with pytest.raises(SystemExit, match="b failed with status 3"):
+        pipeline._beside({"a": ["note", str(tmp_path / "a.txt")], "b": ["fail"]})
+    start, pipeline.options.minutes = time.monotonic(), 0.0
+    pipeline._beside({"c": ["sleep"]})
+    assert time.monotonic() - start < 10
+
+
 def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is done once; the choice stops it until it is frozen; without time for the published recipe it ends early."""
     called: list[str] = []
@@ -80,18 +101,18 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (tmp_path / "data" / task).mkdir()
         (tmp_path / "data" / task / "train.jsonl").write_text("")
 
-    def statistics(options: list[str]) -> None:
-        called.append("statistics")
-        places = [(task, step) for step in range(3) for task in policy_pipeline.DESIGN_TASKS.split(",")]
+    def beside(pipeline: Any, work: dict[str, list[str]]) -> None:
+        """What processes would write."""
         blocks = {"rows": 2, "batch_size": 1, "blocks": {"b": [1, 1, 1]}}
-        ledger.append(state / "statistics.jsonl", *({"task": task, "step": step, **blocks} for task, step in places))
-
-    def published(command: list[str], **how: Any) -> Any:
-        if command[0] == "git":
-            return real(command, **how)
-        called.append("published")
-        (tmp_path / "work" / "meta_published").mkdir(parents=True)
-        (tmp_path / "work" / "meta_published" / "policy.safetensors").write_text("p")
+        for name, (module, *options) in work.items():
+            called.append(name)
+            if name == "published":
+                assert module == "zolightning"
+                (tmp_path / "work" / "meta_published").mkdir(parents=True)
+                (tmp_path / "work" / "meta_published" / "policy.safetensors").write_text("p")
+                continue
+            assert f"--tasks={name}" in options
+            ledger.append(state / "statistics.jsonl", *({"task": name, "step": step, **blocks} for step in range(3)))
 
     def policies(options: list[str]) -> None:
         called.append("policies")
@@ -113,24 +134,24 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (tmp_path / "work" / "derived").mkdir()
         (tmp_path / "work" / "derived" / "digest.txt").write_text("0123abcd")
 
-    monkeypatch.setattr(policy_pipeline.collect_statistics, "main", statistics)
-    real = policy_pipeline.subprocess.run
-    monkeypatch.setattr(policy_pipeline.subprocess, "run", published)
+    monkeypatch.setattr(policy_pipeline.Pipeline, "_beside", beside)
     monkeypatch.setattr(policy_pipeline.make_policies, "main", policies)
     monkeypatch.setattr(policy_pipeline.grid, "run_all", run_all)
     monkeypatch.setattr(policy_pipeline.derive, "main", derived)
     monkeypatch.setattr(policy_pipeline.os, "environ", dict(policy_pipeline.os.environ))
     options = ["--pretrained=m", f"--data={tmp_path / 'data'}", f"--state={state}", f"--work={tmp_path / 'work'}"]
+    tasks = policy_pipeline.DESIGN_TASKS.split(",")
     policy_pipeline.main([*options, "--minutes=2"])
-    assert called == ["statistics"]
+    assert called == tasks
     policy_pipeline.main([*options, "--frozen"])
-    assert called == ["statistics", "published", "policies", "policy_design"]
+    assert called == [*tasks, "published", "policies", "policy_design"]
+    called.clear()
     assert json.loads((state / "chosen.json").read_text())["policy"] == "free_2"
     policy_pipeline.main(options)
-    assert called[4:] == []
+    assert called == []
     assert "commit them" in capsys.readouterr().out
     policy_pipeline.main([*options, "--frozen"])
-    assert called[4:] == ["policy_rest", "derive", "policy_reuse", "policy_seen"]
+    assert called == ["policy_rest", "derive", "policy_reuse", "policy_seen"]
     assert "all is done" in capsys.readouterr().out
     assert sorted(path.name for path in state.iterdir()) == [
         "chosen.json", "ours.safetensors", "policy_design.jsonl", "policy_rest.jsonl", "policy_reuse.jsonl", "policy_seen.jsonl",
