@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import zolightning as zl
 from zolightning import kernels
-from zolightning.kernels import Move, Pack, pack, plain
+from zolightning.kernels import Pack, Update, pack, plain
 from zolightning.noise import GaussianNoise, Key, Noise, Purpose, RademacherNoise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +90,7 @@ class TestOneLaunch:
             made = both.materialise(amounts(2), [noise] * 2, copies=2)
             both.update(amounts(2)[None], [[noise] * 2], 0.01, yes)
             rate, clock = torch.tensor(0.01, device=DEVICE), torch.tensor(3, device=DEVICE)
-            made += both.advance(Move(amounts(2)[None], [noise] * 2, rate, yes, clock), amounts(2), [noise] * 2, copies=2)
+            made += both.advance(Update(amounts(2)[None], [noise] * 2, rate, yes, clock), amounts(2), [noise] * 2, copies=2)
             results.append([bits(t.clone()) for t in (*made, *moved)])
         assert results[0] == results[1]
 
@@ -126,7 +126,7 @@ def test_advance(kind: type[Noise], dtypes: list[torch.dtype], copies: int, vali
         own = [weight.clone().to(DEVICE if fused else "cpu") for weight in weights]
         device = own[0].device
         noises = [kind(Key(9, 106 - slot, step)) for slot in range(7)]
-        move = Move(rates.to(device), noises, *(torch.tensor(value, device=device) for value in (0.01, valid, 4)))
+        move = Update(rates.to(device), noises, *(torch.tensor(value, device=device) for value in (0.01, valid, 4)))
         made = Pack(own, range(100, 107), slots).advance(move, amounts().to(device), now, copies=copies)
         assert all(m.shape == (copies, *w.shape) for m, w in zip(made, own, strict=True))
         results.append([bits(t) for t in (*own, *made)])

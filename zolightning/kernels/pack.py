@@ -24,8 +24,8 @@ FUSED_DEVICES = {"cuda"} if importlib.util.find_spec("triton") is not None else 
 
 
 @dataclass(frozen=True, eq=False)
-class Move:
-    """A step along one direction, as :meth:`Pack.update` takes it.
+class Update:
+    """An update along one direction: what :meth:`Pack.update` takes.
 
     Args:
         amounts: The factors ``a``: ``[1, slots]``.
@@ -156,24 +156,24 @@ class Pack:
             own, rate = amounts[:, slot].to(tensor.device, compute), scalar(shrink, tensor.device, compute)
             plain.update(tensor, own, [row[index] for row in noises], rate, valid.to(tensor.device), start)
 
-    def make(self, move: Move) -> None:
-        """:meth:`update` by a move."""
-        self.update(move.amounts, [[move.noises[slot] for slot in self.slots]], move.shrink, move.valid, move.clock)
+    def make(self, late: Update) -> None:
+        """:meth:`update`, of all slots that are tensors here."""
+        self.update(late.amounts, [[late.noises[slot] for slot in self.slots]], late.shrink, late.valid, late.clock)
 
-    def advance(self, move: Move, amounts: Tensor, noises: Sequence[Noise], clock: Tensor | None = None, copies: int = 1) -> list[Tensor]:
+    def advance(self, late: Update, amounts: Tensor, noises: Sequence[Noise], clock: Tensor | None = None, copies: int = 1) -> list[Tensor]:
         """:meth:`make` and :meth:`materialise`, with the same bits; in one pass over the weights where the kernels know both.
 
         Args:
-            move: The move.
+            late: The update.
             amounts: As for :meth:`materialise`, and all that follow.
             noises: Where each ``z_i`` comes from.
             clock: The step that is shown.
             copies: 1 or 2.
         """
-        step = move.noises[0].key.step
+        step = late.noises[0].key.step
         of_its_step = [replace(noise, key=replace(noise.key, step=step)) for noise in noises]
-        if not self.fusable([noises]) or [move.noises[slot] for slot in self.slots] != of_its_step:
-            self.make(move)
+        if not self.fusable([noises]) or [late.noises[slot] for slot in self.slots] != of_its_step:
+            self.make(late)
             return self.materialise(amounts, noises, clock, copies)
         from zolightning.kernels import fused
 
@@ -181,9 +181,9 @@ class Pack:
         out: dict[int, Tensor] = {}
         for indices, table in self._tables:
             device, own = table.device, amounts.to(table.device, torch.float32)
-            moves, rate = move.amounts[0].to(device, torch.float32), move.shrink.to(device, torch.float32)
+            moves, rate = late.amounts[0].to(device, torch.float32), late.shrink.to(device, torch.float32)
             shown = _clock(clock, noises[0], device)
-            made = fused.advance(table, moves, rate, move.valid.to(device), move.clock.to(device), own, noises[indices[0]], shown, copies)
+            made = fused.advance(table, moves, rate, late.valid.to(device), late.clock.to(device), own, noises[indices[0]], shown, copies)
             out.update(zip(indices, made, strict=True))
         return [out[index] for index in range(len(self.tensors))]
 

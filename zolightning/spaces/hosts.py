@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.blocks import Block
-from zolightning.kernels import Move, Pack, rows
+from zolightning.kernels import Pack, Update, rows
 from zolightning.samplers.base import Direction
 from zolightning.spaces.late import LateMove
 from zolightning.spaces.lazy import Source
@@ -72,7 +72,7 @@ class View:
     paths: Mapping[int, Source] = field(default_factory=dict)
     late: LateMove | None = None
 
-    def take(self, indices: Sequence[int]) -> Move | None:
+    def take(self, indices: Sequence[int]) -> Update | None:
         """The move that has to be made with some blocks; see :meth:`LateMove.take`."""
         return self.late.take(indices) if self.late is not None else None
 
@@ -180,7 +180,7 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _pass(pack: Pack, blocks: Mapping[int, Block], view: View, move: Move | None) -> list[Tensor]:
+def _pass(pack: Pack, blocks: Mapping[int, Block], view: View, move: Update | None) -> list[Tensor]:
     noises = [view.direction.noise(blocks[index]) for index in pack.slots]
     shown = view.amounts, noises, view.direction.clock, view.copies
     return pack.materialise(*shown) if move is None else pack.advance(move, *shown)

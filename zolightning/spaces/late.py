@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zolightning.blocks import Block
-from zolightning.kernels import Move, Pack, scalar
+from zolightning.kernels import Pack, Update, scalar
 from zolightning.noise import Key
 from zolightning.samplers.base import Direction, Sampler
 from zolightning.spaces.interrupts import uninterrupted
@@ -36,7 +36,7 @@ class LateMove:
         self._valid = torch.zeros((), dtype=torch.bool, device=device)
         self._clock = torch.zeros((), dtype=torch.int64, device=device)
         self._source: tuple[Sampler, int] | None = None  # sampler and seed of the move
-        self._move = Move(self._amounts, (), self._shrink, self._valid, self._clock)
+        self._move = Update(self._amounts, (), self._shrink, self._valid, self._clock)
         self._rest = set(range(len(blocks)))  # blocks that the walk over a step has not come to yet
         self._packs: dict[tuple[int, ...], Pack] = {}
         #: Whether a move may wait; on the device it is ``valid`` that says so.
@@ -55,7 +55,7 @@ class LateMove:
             self._name(sampler, seed, step)
         self._start()
 
-    def take(self, indices: Sequence[int]) -> Move | None:
+    def take(self, indices: Sequence[int]) -> Update | None:
         """Called before some blocks are made in full.
 
         Args:
@@ -118,4 +118,4 @@ class LateMove:
     def _name(self, sampler: Sampler, seed: int, step: int) -> None:
         self._source = sampler, seed
         noises = [sampler.noise(block, Key(seed, block.id, step)) for block in self._blocks]
-        self._move = Move(self._amounts, noises, self._shrink, self._valid, self._clock)
+        self._move = Update(self._amounts, noises, self._shrink, self._valid, self._clock)
