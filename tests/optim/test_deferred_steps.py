@@ -23,7 +23,7 @@ from zolightning.spaces import DenseSpace
 pytestmark = pytest.mark.usefixtures("as_captured")
 SAMPLERS: dict[str, Any] = {
     "gaussian": GaussianSampler,
-    "policy": lambda: PolicySampler(PertNN(), RademacherSampler(), refresh_every=3),
+    "policy": lambda: PolicySampler(PertNN(), RademacherSampler(), refresh_every=2),
 }
 
 
