@@ -134,7 +134,7 @@ def test_replicas_and_new_optimizers_look_at_whole_weights(monkeypatch: pytest.M
     assert not waits(optimizer)
     optimizer.step(bound(optimizer.space.model, 0))
     assert waits(optimizer)
-    ZOOptimizer(optimizer.space)
+    ZOOptimizer(optimizer.space, optimizer.sampler)
     assert not waits(optimizer)
 
 

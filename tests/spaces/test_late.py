@@ -106,6 +106,31 @@ def test_bits(family: str, tied: bool, large: bool, forward: str, monkeypatch: p
     assert seen[True][-1] != state_bits(tiny(family, torch.bfloat16, tied))
 
 
+class Tied(nn.Module):
+    """Two layers that share a matrix, so that the second one's blocks are made together with one that has moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)) for _ in range(2))
+        self.layers[1][0].weight = self.layers[0][0].weight  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_block_of_two_layers_moves_once() -> None:
+    seen: dict[bool, list[Any]] = {False: [], True: []}
+    for waits, found in seen.items():
+        torch.manual_seed(1)
+        steps = Steps(DenseSpace(Tied().bfloat16().eval()), waits)
+        found += [steps.take(step, lambda model: model(X)) for step in range(3)]
+        steps.space.catch_up()
+        found.append(state_bits(steps.space.model))
+    assert seen[True] == seen[False]
+
+
 def test_full_reads_move_in_the_same_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass of both kinds for each layer; passes of their own for what is looked up by rows, and for what is not read."""
     passes: list[tuple[str, int]] = []
