@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from benchmarks import ledger
 from benchmarks.step_time import milliseconds
 from zolightning.kernels import fused
-from zolightning.kernels.noise import draw, rounding_bits, weave
 from zolightning.noise import GaussianNoise, Key, Noise, RademacherNoise
 
 SHAPE = (14336, 4096)
@@ -28,37 +25,14 @@ BILLION = 1e9
 KINDS: dict[str, type[Noise]] = {"gaussian": GaussianNoise, "rademacher": RademacherNoise}
 
 
-@triton.jit(do_not_specialize=["block"])
-def _both(
-    weight, out, moves, amounts, clock, block, k0, k1, stream, numel,
-    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0) * OCTETS
-    octet, at = (first + tl.arange(0, OCTETS)).to(tl.uint32), first * 8 + tl.arange(0, OCTETS * 8)
-    mine, step = at < numel, fused._u32(tl.load(clock))
-    w = tl.load(weight + at, mask=mine, other=0.0).to(tl.float32)
-    key0, key1, name, of = fused._u32(k0), fused._u32(k1), fused._u32(block), fused._u32(stream)
-    w = w + weave(*draw(key0, key1, octet, name, step, of, GAUSSIAN)) * tl.load(moves)
-    w = fused._stochastic_round(w, rounding_bits(key0, key1, octet, name, step, of), TYPE)
-    tl.store(weight + at, w, mask=mine)
-    u = weave(*draw(key0, key1, octet, name, step + 1, of, GAUSSIAN)) * tl.load(amounts)
-    w = w.to(tl.float32)
-    tl.store(out + at, fused._nearest(w + u, TYPE), mask=mine)
-    tl.store(out + numel + at, fused._nearest(w - u, TYPE), mask=mine)
-
-
-def one_pass(weight: Tensor, out: Tensor, moves: Tensor, amounts: Tensor, noise: Noise, clock: Tensor) -> None:
+def one_pass(table: fused.Table, moves: Tensor, amounts: Tensor, noise: Noise, clock: Tensor) -> Tensor:
     """The update of step ``clock`` and both signs of the next step."""
-    grid = (triton.cdiv(weight.numel(), fused._OCTETS * 8),)
-    _both[grid](
-        weight, out, moves, amounts, clock, *fused._signed(noise.key.block), *fused._key(noise), weight.numel(),
-        GAUSSIAN=noise.fused == "gaussian", TYPE=fused._TYPES[weight.dtype], OCTETS=fused._OCTETS, num_warps=fused._WARPS,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    no, yes = torch.zeros((), device=table.device), torch.ones((), dtype=torch.bool, device=table.device)
+    return fused.advance(table, moves, no, yes, clock, amounts, noise, clock + 1, 2)[0]
 
 
 def two_passes(table: fused.Table, moves: Tensor, amounts: Tensor, noise: Noise, clock: Tensor) -> Tensor:
-    """The same as the product does it."""
+    """The same one after the other."""
     no, yes = torch.zeros((), device=table.device), torch.ones((), dtype=torch.bool, device=table.device)
     fused.update(table, moves[None], [noise], no, yes, clock)
     return fused.materialise(table, amounts, noise, clock + 1, 2)[0]
@@ -68,9 +42,8 @@ def measure(kind: str, dtype: torch.dtype, shape: tuple[int, int] = SHAPE) -> le
     """Milliseconds for 8 billion weights."""
     device = torch.device("cuda")
     weight, noise = (torch.randn(shape, device=device) * 0.02).to(dtype), KINDS[kind](Key(3, 77, 5))
-    out, clock = torch.empty(2, *shape, dtype=dtype, device=device), torch.tensor(5, device=device)
-    table, moves = fused.Table([weight], [77], [0], [0]), torch.full((1,), 1e-6, device=device)
-    amounts = torch.full((1,), 1e-3, device=device)
+    clock, table = torch.tensor(5, device=device), fused.Table([weight], [77], [0], [0])
+    moves, amounts = torch.full((1,), 1e-6, device=device), torch.full((1,), 1e-3, device=device)
 
     def captured(run: Any) -> float:
         run()
@@ -81,7 +54,7 @@ def measure(kind: str, dtype: torch.dtype, shape: tuple[int, int] = SHAPE) -> le
                 run()
         return milliseconds(graph.replay, 30) / 4 / weight.numel() * 8 * BILLION
 
-    together = captured(lambda: one_pass(weight, out, moves, amounts, noise, clock))
+    together = captured(lambda: one_pass(table, moves, amounts, noise, clock))
     apart = captured(lambda: two_passes(table, moves, amounts, noise, clock))
     return {"noise": kind, "dtype": str(dtype).removeprefix("torch."), "two_passes_ms": apart, "one_pass_ms": together}
 

@@ -4,7 +4,8 @@
 
 The limit is two plain forwards of the batch with the full-vocabulary loss at one position a row, as one CUDA graph, with compiled
 layers for shapes that are bound by launches. Medians over 15 to 50 steps, batch of 16 rows. Ours is ``ZOOptimizer`` with its defaults on a
-candidate objective (two candidates a row); with the low-rank sampler updates are deferred, and ``ours_mean_ms`` has the windows' ends.
+candidate objective (two candidates a row); with the low-rank sampler updates are deferred, and ``ours_mean_ms`` has the windows' ends;
+with ``--deferred`` those of the others are too.
 ``textbook_ms`` is MeZO's loop operation by operation (``benchmarks.textbook.Released``), ``lean_textbook_ms`` the same in-place
 arithmetic in as few launches as eager PyTorch allows, on our objective (``Textbook``). ``peak_over_weights`` leaves out what earlier
 measurements of the process left behind (``left_behind_mib``). A row is added to the output as it is measured, or takes the place of an
@@ -40,7 +41,7 @@ from zolightning.policies import PertNN
 from zolightning.samplers import Sampler
 
 ROWS = 16
-KEY = ("shape", "tokens", "dtype", "sampler", "machine")
+KEY = ("shape", "tokens", "dtype", "sampler", "deferred", "machine")
 SAMPLERS = {"gaussian": GaussianSampler, "rademacher": RademacherSampler, "low-rank": LowRankSampler}
 
 
@@ -102,10 +103,10 @@ def limit(model: nn.Module, batch: dict[str, Tensor], compiled: bool) -> float:
         return milliseconds(graph.replay, 30)
 
 
-def ours(model: nn.Module, bound: BoundObjective, sampler: Sampler, repeats: int) -> tuple[float, ZOOptimizer, float]:
+def ours(model: nn.Module, bound: BoundObjective, sampler: Sampler, repeats: int, deferred: bool) -> tuple[float, ZOOptimizer, float]:
     """Milliseconds a step, the optimizer, and seconds of the first step."""
     optimizer = ZOOptimizer(DenseSpace(model), sampler, lr=1e-7, eps=1e-3)
-    optimizer.deferred = isinstance(sampler, LowRankSampler)
+    optimizer.deferred = deferred or isinstance(sampler, LowRankSampler)
     start = time.perf_counter()
     float(optimizer.step(bound))
     first = time.perf_counter() - start
@@ -140,8 +141,8 @@ def parts(optimizer: ZOOptimizer, repeats: int) -> dict[str, float]:
             for owner in host.owners:
                 source = space._source(owner.index, view) if owner.index in host.lazy and isinstance(owner.module, nn.Linear) else None
                 if isinstance(source, Matrix):
-                    for pack in source._pieces:
-                        source._make(pack)
+                    for _ in source._made():
+                        pass
 
     def replayed(run: Callable[[], Any]) -> float:
         if not torch.cuda.is_available():
@@ -188,7 +189,9 @@ def no_synchronisation(optimizer: ZOOptimizer, bound: BoundObjective, steps: int
     return True
 
 
-def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], device: torch.device) -> Iterator[ledger.Row]:
+def measure(
+    shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], device: torch.device, deferred: bool = False
+) -> Iterator[ledger.Row]:
     """The rows of one shape, one by one."""
     model = shapes.make(shape, dtype, device)
     made = shapes.batch(model, ROWS, tokens, device)
@@ -209,7 +212,7 @@ def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], de
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             left = torch.cuda.memory_allocated() - weights
-        ours_ms, optimizer, first = ours(model, bound, SAMPLERS[name](), repeats)
+        ours_ms, optimizer, first = ours(model, bound, SAMPLERS[name](), repeats, deferred)
         peak = torch.cuda.max_memory_allocated() - left if cuda else weights
         row: ledger.Row = {"shape": shape, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "sampler": name}
         row |= {
@@ -227,7 +230,7 @@ def measure(shape: str, tokens: int, dtype: torch.dtype, samplers: list[str], de
         row["profile"] = profile(optimizer, bound)
         if name == "gaussian" and shape in shapes.LAUNCH_BOUND:
             for label, other in (("table", Scaled()), ("pert_nn", PolicySampler(PertNN())), ("again", GaussianSampler())):
-                row[f"ours_{label}_ms"], optimizer, _ = ours(model, bound, other, repeats)
+                row[f"ours_{label}_ms"], optimizer, _ = ours(model, bound, other, repeats, deferred)
         del optimizer
         row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
         print(table([row])[-1], flush=True)
@@ -256,7 +259,9 @@ def chart(rows: list[ledger.Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.4), layout="constrained")
-    labels = [f"{row['shape']}, T={row['tokens']}, {row['dtype']}, {row['sampler']}" for row in rows]
+    labels = [
+        f"{row['shape']}, T={row['tokens']}, {row['dtype']}, {row['sampler']}" + ", deferred" * row.get("deferred", False) for row in rows
+    ]
     left = [0.0] * len(rows)
     for name in ("perturb", "update", "rest"):
         widths = [(row[name] if name in row else row["ours_ms"] - row["perturb"] - row["update"]) / row["limit_ms"] for row in rows]
@@ -274,6 +279,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[64])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     parser.add_argument("--samplers", nargs="+", default=["gaussian", "rademacher"], choices=list(SAMPLERS))
+    parser.add_argument("--deferred", action="store_true", help="let updates wait for the next step's probes")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of step_time.json and step_time.png")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -283,7 +289,7 @@ def main() -> None:
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
             for tokens in arguments.tokens:
-                for row in measure(shape, tokens, getattr(torch, dtype), arguments.samplers, device):
+                for row in measure(shape, tokens, getattr(torch, dtype), arguments.samplers, device, arguments.deferred):
                     rows.append(row)
                     chart(ledger.replace(arguments.out / "step_time.json", row | about, KEY), arguments.out / "step_time.png")
                 gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,23 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """The same global random state for every test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take the way of captured ones on a CPU too: rehearsed where the batch is of a new shape, then launched instead of replayed."""
+    from zolightning.optim import graphs, optimizer
+    from zolightning.optim.probing import Form
+
+    def run(self: graphs.StepGraphs, bound: Any, settings: Any) -> tuple[torch.Tensor, ...]:
+        batch = graphs.bucket(bound.batch)
+        if (key := (settings, graphs._shape(batch))) not in self._captured:
+            self._compute(bound.to(batch), False)
+            self._captured[key] = None  # type: ignore[assignment]
+        return self._compute(bound.to(batch), True)
+
+    monkeypatch.setattr(graphs.StepGraphs, "run", run)
+    monkeypatch.setattr(optimizer, "choose_form", lambda *_: Form(paired=True, captured=True, device="cpu"))
 
 
 @pytest.fixture(scope="session")

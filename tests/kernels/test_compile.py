@@ -12,7 +12,7 @@ import pytest
 
 POINTERS = {
     "rows": "*i64", "segments": "*i32", "amounts": "*fp32", "clock": "*i64", "valid": "*i1", "shrink": "*fp32", "ids": "*i64",
-    "left": "*fp32",
+    "left": "*fp32", "moves": "*fp32", "before": "*i64",
 }  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def compile_all() -> None:
     for dtype, kind, gaussian in (("fp16", tl.float16, True), ("bf16", tl.bfloat16, False)):
         constants: dict[str, Any] = {"GAUSSIAN": gaussian, "TYPE": kind, "ALIGNED": True, "COPIES": 2, "OCTETS": 256, "PARTS": 4, "RANK": 8}
         types = POINTERS | dict.fromkeys(("out", "weight", "basis"), f"*{dtype}")
-        for kernel in (fused._materialise, fused._update, fused._rows, fused._fold):
+        for kernel in (fused._materialise, fused._update, fused._advance, fused._rows, fused._fold):
             own = {name: value for name, value in constants.items() if name in kernel.arg_names}
             signature = {name: "constexpr" if name in own else types.get(name, "i32") for name in kernel.arg_names}
             places = {(kernel.arg_names.index(name),): value for name, value in own.items()}
@@ -45,7 +45,7 @@ def test_for_an_h100(tmp_path: Path) -> None:
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 8
+    assert len(run.stdout.splitlines()) == 10
 
 
 if __name__ == "__main__":

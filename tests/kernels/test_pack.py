@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import zolightning as zl
 from zolightning import kernels
-from zolightning.kernels import Pack, pack, plain
+from zolightning.kernels import Pack, Update, pack, plain
 from zolightning.noise import GaussianNoise, Key, Noise, Purpose, RademacherNoise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,6 +89,8 @@ class TestOneLaunch:
             both = Pack(moved, [100, 100])
             made = both.materialise(amounts(2), [noise] * 2, copies=2)
             both.update(amounts(2)[None], [[noise] * 2], 0.01, yes)
+            rate, clock = torch.tensor(0.01, device=DEVICE), torch.tensor(3, device=DEVICE)
+            made += both.advance(Update(amounts(2)[None], [noise] * 2, rate, yes, clock), amounts(2), [noise] * 2, copies=2)
             results.append([bits(t.clone()) for t in (*made, *moved)])
         assert results[0] == results[1]
 
@@ -104,6 +106,32 @@ class TestOneLaunch:
         Pack(moved[0], range(100, 107)).update(amounts()[None], [late], 0.0, yes, clock)
         Pack(moved[1], range(100, 107)).update(amounts()[None], [noises(kind)], 0.0, yes)
         assert [bits(w) for w in moved[0]] == [bits(w) for w in moved[1]]
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtypes", "copies", "valid"),
+    [([torch.bfloat16, torch.float16], 1, False), ([torch.float32, torch.bfloat16, torch.float16], 2, True)],
+)
+def test_advance(kind: type[Noise], dtypes: list[torch.dtype], copies: int, valid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass moves the weights by step 4, or not at all (by NaN), and shows step 5: the bits of two passes in plain torch."""
+    weights, slots, results = tensors(dtypes), [6, 5, 4, 3, 2, 1, 0], []
+    weights[0][:, ::3] = -0.0
+    rates = torch.tensor([[0.01, -0.02, 0.0, 0.003 if valid else torch.nan, 0.02, -1e-5, 0.0]])
+    now = [kind(Key(9, 100 + block, 5)) for block in range(7)]
+    for fused, step in ((pack.FUSED_DEVICES, 77), (set(), 4)):  # the kernels go by the clock
+        monkeypatch.setattr(pack, "FUSED_DEVICES", fused)
+        own = [weight.clone().to(DEVICE if fused else "cpu") for weight in weights]
+        device = own[0].device
+        noises = [kind(Key(9, 106 - slot, step)) for slot in range(7)]
+        move = Update(rates.to(device), noises, *(torch.tensor(value, device=device) for value in (0.01, valid, 4)))
+        made = Pack(own, range(100, 107), slots).advance(move, amounts().to(device), now, copies=copies)
+        assert all(m.shape == (copies, *w.shape) for m, w in zip(made, own, strict=True))
+        results.append([bits(t) for t in (*own, *made)])
+    assert results[0] == results[1]
+    assert (results[0][:7] == [bits(weight) for weight in weights]) != valid
 
 
 @needs_triton
@@ -199,14 +227,13 @@ def test_fold_has_the_same_bits(dtype: torch.dtype, shape: tuple[int, int], monk
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_pass_that_a_benchmark_compares_with(kind: type[Noise]) -> None:
-    """Update and perturbation in one pass give what they give one after the other."""
+def test_the_passes_that_a_benchmark_compares() -> None:
+    """They do the same."""
     from benchmarks import deferred_pass
 
-    weight, noise = torch.randn(5, 700).to(torch.bfloat16).to(DEVICE), kind(Key(3, 77, 5))
-    one, two, out = weight.clone(), weight.clone(), torch.empty(2, 5, 700, dtype=torch.bfloat16, device=DEVICE)
-    moves, shown, clock = (torch.tensor(v, device=DEVICE) for v in ([0.01], [0.1], 5))
-    deferred_pass.one_pass(one, out, moves, shown, noise, clock)
-    made = deferred_pass.two_passes(deferred_pass.fused.Table([two], [77], [0], [0]), moves, shown, noise, clock)
-    assert (bits(one), bits(out)) == (bits(two), bits(made.contiguous()))
+    weight, noise, results = torch.randn(5, 700).to(torch.bfloat16).to(DEVICE), GaussianNoise(Key(3, 77, 5)), []
+    for run in (deferred_pass.one_pass, deferred_pass.two_passes):
+        own, (moves, shown, clock) = weight.clone(), (torch.tensor(v, device=DEVICE) for v in ([0.01], [0.1], 5))
+        made = run(deferred_pass.fused.Table([own], [77], [0], [0]), moves, shown, noise, clock)
+        results.append((bits(own), bits(made.contiguous())))
+    assert results[0] == results[1]

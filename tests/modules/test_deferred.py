@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from nets import bits
 from runs import QUESTIONS, film_data, make_module, make_trainer
 from torch import Tensor
 
@@ -123,6 +124,39 @@ def test_after_an_error_between_steps(tiny_folder: str, tmp_path: Path) -> None:
             make_trainer(tmp_path, 9).fit(module, film_data(tmp_path))
         found.append([p.detach().clone() for p in module.parameters()])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("as_captured")
+@pytest.mark.parametrize("sampler", [zl.GaussianSampler, lambda: zl.PolicySampler(zl.policies.PertNN(), refresh_every=4)])
+def test_dense_moves_wait_without_a_trace(sampler: Any, tiny_folder: str, tmp_path: Path) -> None:
+    """Validation, checkpoints, weights and the journal are, to the last bit, those of a run that defers nothing; in two halves too."""
+
+    class Look(zl.ZOFinetuneModule):
+        def on_validation_epoch_start(self) -> None:
+            super().on_validation_epoch_start()
+            seen.append([bits(p) for p in self.parameters()])
+
+    def fit(deferred: bool, steps: int, **options: Any) -> zl.ZOFinetuneModule:
+        module = make_module(tiny_folder, kind=Look, sampler=sampler(), deferred_updates=deferred, dtype="bfloat16")
+        save = pl.callbacks.ModelCheckpoint(
+            dirpath=tmp_path / "ckpt", filename=f"{deferred}-{{step}}", every_n_train_steps=3, save_top_k=-1
+        )
+        every = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+        folder = tmp_path / str(deferred)
+        folder.mkdir(exist_ok=True)
+        make_trainer(folder, steps, callbacks=[save, RunJournal(resume=bool(options))], **every).fit(module, film_data(folder), **options)
+        return module
+
+    results = []
+    for deferred in (False, True):
+        seen: list[list[bytes]] = []
+        fit(deferred, 8)
+        late = fit(deferred, 12, ckpt_path=tmp_path / "ckpt" / f"{deferred}-step=3.ckpt", weights_only=False)
+        seen.append([bits(p) for p in late.parameters()])
+        results.append((seen, (tmp_path / str(deferred) / "journal.zo").read_bytes()))
+    assert late.space._late is not None
+    assert len(results[0][0]) > 4
+    assert results[0] == results[1]
 
 
 def test_text_is_generated_along_low_rank_directions(tiny_folder: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class RunJournal(Callback):
                         "resume with the old setting, or give the checkpoint's own path to leave these steps out"
                     )
         last = module.trainer.max_steps
-        if optimizer.deferred and entries and 0 < last < journal.steps:
+        if optimizer.apart and entries and 0 < last < journal.steps:
             raise ValueError(
                 f"trainer.max_steps={last}, but the journal {str(journal.path)!r} has {journal.steps} steps of deferred updates: "
                 "set it to at least these, or give the checkpoint's own path to leave the steps out"
@@ -127,7 +127,7 @@ class RunJournal(Callback):
         optimizer = module.zo_optimizer
         entries, looks = journal.surviving(back.step), journal.surviving_looks(back.step)
         move_all(module.space, entries, looks, back.step, lambda settings: (optimizer.sampler, optimizer.rule))
-        if optimizer.deferred and not optimizer.repeating:
+        if optimizer.apart and not optimizer.repeating:
             self.recorder.look(back.step)
         module.scale_lr(back.factor)
 

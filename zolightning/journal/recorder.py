@@ -134,7 +134,7 @@ class Recorder:
         self._write_carried(forwards)
         group = self.optimizer.param_groups[0]
         settings = replace(
-            self._settings, form=group["form"], eps=float(group["eps"]), deferred=int(self.optimizer.deferred)
+            self._settings, form=group["form"], eps=float(group["eps"]), deferred=int(self.optimizer.apart)
         )  # the form is found in the first step
         scales = self._scales if settings == self._written else None
         parts = [] if settings == self._written else [(b"S", settings.to_bytes())]

@@ -143,7 +143,7 @@ def settings_of(optimizer: ZOOptimizer, base: str, first: Settings | None = None
         eps=float(group["eps"]), sampler=type(optimizer.sampler).__name__, noise=noise_name(optimizer),
         estimator=type(optimizer.estimator).__name__, queries=optimizer.estimator.queries, probes=len(optimizer.estimator.probes),
         rule=type(rule).__name__, weight_decay=float(getattr(rule, "weight_decay", 0.0)), form=group["form"],
-        precision=str(space.compute_dtype).removeprefix("torch."), deferred=int(optimizer.deferred),
+        precision=str(space.compute_dtype).removeprefix("torch."), deferred=int(optimizer.apart),
     )  # fmt: skip
 
 

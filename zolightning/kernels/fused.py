@@ -90,6 +90,38 @@ def _store(pointer, left, value, OCTETS: tl.constexpr):
         tl.store(pointer + at, value, mask=(at >= whole) & (at < left))
 
 
+@triton.jit
+def _show(
+    plus, minus, left, w, amount, k0, k1, octet, block, step, stream,
+    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
+):  # fmt: skip
+    """Store ``w + a z``, and with two copies ``w - a z``."""
+    u = weave(*draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream), GAUSSIAN)) * amount
+    _store(plus, left, _nearest(w + u, TYPE), OCTETS)
+    if COPIES == 2:
+        _store(minus, left, _nearest(w - u, TYPE), OCTETS)
+
+
+@triton.jit
+def _moved(
+    w, amounts, stride, queries, rate, k0, k1, octet, block, step, stream,
+    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
+):  # fmt: skip
+    """The weights after a step, rounded to their type."""
+    t0 = tl.zeros([OCTETS], tl.float32)  # one sum a place in the octet: a sum over whole octets would be laid out otherwise
+    t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
+    for q in range(queries):
+        z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream + q * _QUERY), GAUSSIAN)
+        a = tl.load(amounts + q * stride)
+        t0, t1, t2, t3 = t0 + z0 * a, t1 + z1 * a, t2 + z2 * a, t3 + z3 * a
+        t4, t5, t6, t7 = t4 + z4 * a, t5 + z5 * a, t6 + z6 * a, t7 + z7 * a
+    total = weave(t0, t1, t2, t3, t4, t5, t6, t7)
+    w = w + (total - w * rate)
+    if tl.float32 != TYPE:
+        w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(stream)), TYPE)
+    return w
+
+
 @triton.jit(do_not_specialize=_SCALARS)
 def _materialise(
     out, rows, segments, amounts, clock, k0, k1, stream,
@@ -108,11 +140,8 @@ def _materialise(
             here = tl.minimum(here, OCTETS * 8)
             shift = part * (OCTETS * 8)
             w = _load(weight + shift, here, OCTETS)
-            z = draw(_u32(k0), _u32(k1), octet + part * OCTETS, block, step, _u32(stream), GAUSSIAN)
-            u = weave(*z) * amount
-            _store(plus + shift, here, _nearest(w + u, TYPE), OCTETS)
-            if COPIES == 2:
-                _store(minus + shift, here, _nearest(w - u, TYPE), OCTETS)
+            at = octet + part * OCTETS
+            _show(plus + shift, minus + shift, here, w, amount, k0, k1, at, block, step, stream, GAUSSIAN, TYPE, COPIES, OCTETS)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -130,18 +159,33 @@ def _update(
             if here > 0:
                 here, octet = tl.minimum(here, OCTETS * 8), first_octet + part * OCTETS
                 w = _load(weight + part * (OCTETS * 8), here, OCTETS)
-                t0 = tl.zeros([OCTETS], tl.float32)  # one sum a place in the octet: a sum over whole octets would be laid out otherwise
-                t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
-                for q in range(queries):
-                    z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream + q * _QUERY), GAUSSIAN)
-                    a = tl.load(amounts + q * stride + slot)
-                    t0, t1, t2, t3 = t0 + z0 * a, t1 + z1 * a, t2 + z2 * a, t3 + z3 * a
-                    t4, t5, t6, t7 = t4 + z4 * a, t5 + z5 * a, t6 + z6 * a, t7 + z7 * a
-                total = weave(t0, t1, t2, t3, t4, t5, t6, t7)
-                w = w + (total - w * rate)
-                if tl.float32 != TYPE:
-                    w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(stream)), TYPE)
+                w = _moved(w, amounts + slot, stride, queries, rate, k0, k1, octet, block, step, stream, GAUSSIAN, TYPE, OCTETS)
                 _store(weight + part * (OCTETS * 8), here, w, OCTETS)
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def _advance(
+    out, rows, segments, moves, valid, shrink, before, amounts, clock, k0, k1, stream,
+    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    row, first, left = _place(rows, segments, OCTETS, PARTS)
+    weight, slot = _pointer(row, first, TYPE, ALIGNED), tl.load(row + _SLOT)
+    octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
+    block, step, earlier = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), _u32(tl.load(before))
+    live, rate, amount = tl.load(valid), tl.load(shrink), tl.load(amounts + slot)
+    plus = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
+    minus = plus + (tl.load(row + _NUMEL) + 7) // 8 * 8
+    for part in range(PARTS):
+        here = left - part * (OCTETS * 8)
+        if here > 0:
+            here = tl.minimum(here, OCTETS * 8)
+            shift, at = part * (OCTETS * 8), octet + part * OCTETS
+            w = _load(weight + shift, here, OCTETS)
+            moved = _moved(w, moves + slot, 0, 1, rate, k0, k1, at, block, earlier, stream, GAUSSIAN, TYPE, OCTETS)
+            _store(weight + shift, tl.where(live, here, 0), moved, OCTETS)
+            w = tl.where(live, moved.to(tl.float32), w)  # not a branch: it would be taken in nearly every step
+            _show(plus + shift, minus + shift, here, w, amount, k0, k1, at, block, step, stream, GAUSSIAN, TYPE, COPIES, OCTETS)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -251,6 +295,40 @@ def materialise(table: Table, amounts: Tensor, noise: Noise, clock: Tensor, copi
             TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, COPIES=copies, OCTETS=_OCTETS, PARTS=table.parts,
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
+    return _views(table, out, copies)
+
+
+def advance(
+    table: Table, moves: Tensor, shrink: Tensor, valid: Tensor, before: Tensor, amounts: Tensor, noise: Noise, clock: Tensor, copies: int
+) -> list[Tensor]:
+    """The step of one direction, as :func:`update` makes it, then :func:`materialise`, in one pass.
+
+    Args:
+        table: The tensors.
+        moves: Amounts of the step: float32; the table's slots point into it.
+        shrink: Rate of weight decay: 0-d float32.
+        valid: 0-d bool; false leaves the tensors as they are.
+        before: Number of the step: 0-d int64. The noises of both differ by it alone.
+        amounts: As for :func:`materialise`, and all that follow.
+        noise: One of the tensors' noises.
+        clock: The step that is shown.
+        copies: 1 or 2.
+
+    Returns:
+        As :func:`materialise`.
+    """
+    out = torch.empty(table.length * 8 * copies, dtype=table.dtype, device=table.device)
+    with _on(table.device):
+        _advance[(table.programs,)](
+            out, table.rows, table.segments, moves, valid, shrink, before, amounts, clock, *_key(noise),
+            GAUSSIAN=noise.fused == "gaussian", TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, COPIES=copies, OCTETS=_OCTETS,
+            PARTS=table.parts, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return _views(table, out, copies)
+
+
+def _views(table: Table, out: Tensor, copies: int) -> list[Tensor]:
+    """Each tensor's part of what a pass has made."""
     views, start = [], 0
     for tensor, octets in zip(table.tensors, table.octets, strict=True):
         part = out[start : start + copies * octets * 8].view(copies, octets * 8)[:, : tensor.numel()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +21,25 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 #: Devices on which the Triton kernels run.
 FUSED_DEVICES = {"cuda"} if importlib.util.find_spec("triton") is not None else set()
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """An update along one direction: what :meth:`Pack.update` takes.
+
+    Args:
+        amounts: The factors ``a``: ``[1, slots]``.
+        noises: One for each slot.
+        shrink: Rate of weight decay: 0-d.
+        valid: 0-d bool.
+        clock: The step: 0-d int64.
+    """
+
+    amounts: Tensor
+    noises: Sequence[Noise]
+    shrink: Tensor
+    valid: Tensor
+    clock: Tensor
 
 
 class Pack:
@@ -136,6 +155,37 @@ class Pack:
             compute = plain.compute_dtype(tensor.dtype)
             own, rate = amounts[:, slot].to(tensor.device, compute), scalar(shrink, tensor.device, compute)
             plain.update(tensor, own, [row[index] for row in noises], rate, valid.to(tensor.device), start)
+
+    def make(self, late: Update) -> None:
+        """:meth:`update`, of all slots that are tensors here."""
+        self.update(late.amounts, [[late.noises[slot] for slot in self.slots]], late.shrink, late.valid, late.clock)
+
+    def advance(self, late: Update, amounts: Tensor, noises: Sequence[Noise], clock: Tensor | None = None, copies: int = 1) -> list[Tensor]:
+        """:meth:`make` and :meth:`materialise`, with the same bits; in one pass over the weights where the kernels know both.
+
+        Args:
+            late: The update.
+            amounts: As for :meth:`materialise`, and all that follow.
+            noises: Where each ``z_i`` comes from.
+            clock: The step that is shown.
+            copies: 1 or 2.
+        """
+        step = late.noises[0].key.step
+        of_its_step = [replace(noise, key=replace(noise.key, step=step)) for noise in noises]
+        if not self.fusable([noises]) or [late.noises[slot] for slot in self.slots] != of_its_step:
+            self.make(late)
+            return self.materialise(amounts, noises, clock, copies)
+        from zolightning.kernels import fused
+
+        self.check_places()
+        out: dict[int, Tensor] = {}
+        for indices, table in self._tables:
+            device, own = table.device, amounts.to(table.device, torch.float32)
+            moves, rate = late.amounts[0].to(device, torch.float32), late.shrink.to(device, torch.float32)
+            shown = _clock(clock, noises[0], device)
+            made = fused.advance(table, moves, rate, late.valid.to(device), late.clock.to(device), own, noises[indices[0]], shown, copies)
+            out.update(zip(indices, made, strict=True))
+        return [out[index] for index in range(len(self.tensors))]
 
 
 def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, clock: Tensor | None, copies: int) -> Tensor:

@@ -48,8 +48,9 @@ class ZOFinetuneModule(ZOModule):
         quantization: Store the linear maps of the layers in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; without it: as they are
             in the files, which may be quantised already.
         double_quantization: Quantise the scales of 4-bit weights too.
-        deferred_updates: Keep the moves of a low-rank sampler beside the weights until its window ends or somebody looks: validation,
-            checkpoints, ``state_dict()``, the end of the run. A step then passes over the weights in its forwards alone.
+        deferred_updates: Let the move of a step wait until somebody looks: validation, checkpoints, ``state_dict()``, the end of the
+            run. With a low-rank sampler it waits beside the weights to the end of the window; others are made by the forwards of the
+            next step, on a GPU, with the same bits. A step then passes over the weights in its forwards alone.
 
     Raises:
         ValueError: An argument is out of range.

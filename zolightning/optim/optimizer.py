@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -94,6 +94,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_skipped={max_skipped} must be at least 1")
         self.space = space
         space.locate()
+        space.catch_up()
         self.sampler = sampler if sampler is not None else GaussianSampler()
         self.estimator = estimator if estimator is not None else TwoPoint()
         self.rule = rule if rule is not None else SGD()
@@ -141,7 +142,10 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     @property
     def deferred(self) -> bool:
-        """Whether moves of low rank wait beside the weights; who looks at the weights then calls :meth:`settle` first."""
+        """Whether moves may wait: of low rank beside the weights, others for the next captured step, whose probes then make them.
+
+        Who looks at the weights calls :meth:`settle` first.
+        """
         return self.space.deferred
 
     @deferred.setter
@@ -151,13 +155,19 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.history.drain(self.steps)  # earlier steps were made otherwise
         self.space.deferred = deferred
 
+    @property
+    def apart(self) -> bool:
+        """Whether moves of low rank wait beside the weights. To bring them in rounds 16-bit weights once more, so it is put on record."""
+        return self.deferred and bool(self.space.held)
+
     def settle(self) -> None:
         """Bring deferred moves into the weights.
 
         Raises:
             RuntimeError: It repeats steps that were made without such a look at the weights.
         """
-        if self.deferred:
+        self.space.catch_up()
+        if self.apart:
             self.looks.take(self.space, self.param_groups[0]["seed"], self.steps, self.repeating)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -191,6 +201,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         work: Callable[[], Any] = bound if hasattr(bound, "rows") else closure
         self.history.make_room(group["step"])
         self._set_clock(group["lr"], group["step"])
+        if self.sampler.looks(group["step"]):
+            self.space.catch_up()
         self.sampler.refresh(group["step"])
         self.space.prepare(self.sampler, group["seed"], group["step"])
         if self._recorded:
@@ -201,7 +213,9 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self._set_up(work, group["eps"])
             with uninterrupted() if self._form.captured else nullcontext():
                 if self._form.captured and isinstance(work, BoundObjective) and not work.hold:
-                    self.losses, self.coefficients = self._graphs.run(work, (group["seed"], group["eps"], self.deferred, self.space.held))
+                    settings = (group["seed"], group["eps"], self.deferred, self.space.held)
+                    with self._walk():
+                        self.losses, self.coefficients = self._graphs.run(work, settings)
                     self._count_step()
                 else:
                     self.losses, self.coefficients = self._compute(work, True)
@@ -213,6 +227,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _compute(self, work: Callable[[], Any], live: bool) -> tuple[Tensor, Tensor]:
         """The step on the device: losses and coefficients. Nothing in it waits, unless the closure does."""
         group = self.param_groups[0]
+        if not live:
+            self.space.catch_up()  # a rehearsal may fail half way, so no move waits for it
         hold = bool(getattr(work, "hold", False))
         form = self._form if isinstance(work, BoundObjective) and not hold else Form()
         directions = self._directions()
@@ -229,6 +245,14 @@ class ZOOptimizer(torch.optim.Optimizer):
             if not form.captured:
                 self._count_step()
         return losses, coefficients
+
+    def _walk(self) -> AbstractContextManager[None]:
+        """Context of a captured step."""
+        group = self.param_groups[0]
+        if self.estimator.queries == 1:
+            return self.space.walk(self.sampler, group["seed"], group["step"])
+        self.space.catch_up()  # another optimizer's
+        return nullcontext()
 
     def _directions(self) -> tuple[Direction, ...]:
         """The directions of the coming step: blocks that do not take their turn in it have scale 0."""

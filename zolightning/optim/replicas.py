@@ -171,6 +171,7 @@ class Replicas:
         if self._checked and step % self.check_every:
             return
         self._checked = True
+        space.catch_up()
         batch: Mapping[str, Any] = getattr(closure, "batch", {})
         tensors = [value for _, value in sorted(batch.items()) if isinstance(value, Tensor)]
         own = torch.stack([checksum(part).to(space.device) for part in ([block.tensor for block in space.blocks], tensors)])

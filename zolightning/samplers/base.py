@@ -99,6 +99,14 @@ class Sampler(ABC):
     def refresh(self, step: int) -> None:  # noqa: B027
         """Called before every step; the place for what may look at the host, such as statistics of the weights now and then."""
 
+    def looks(self, step: int) -> bool:
+        """Whether :meth:`refresh` looks at the weights before a step; the moves of earlier steps are then made first.
+
+        Args:
+            step: The coming step.
+        """
+        return type(self).refresh is not Sampler.refresh
+
     def observe(self, losses: Tensor) -> None:  # noqa: B027
         """Called after the probes of every step, with their losses in the order of the estimator's probes.
 

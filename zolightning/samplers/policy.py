@@ -96,6 +96,9 @@ class PolicySampler(Sampler):
             self._compute()
         self._expected = step + 1
 
+    def looks(self, step: int) -> bool:
+        return step % self.refresh_every == 0 or self.base.looks(step)
+
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)

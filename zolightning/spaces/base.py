@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,7 @@ class Space(ABC):
                 raise ValueError(f"block {block.name!r} is not contiguous in memory; call .contiguous() on it first")
         self._places = [block.tensor.data_ptr() for block in self.blocks]
         #: Keep the moves of low rank beside the weights, until :meth:`settle` or the end of their window; weight decay waits with them.
+        #: Others wait for the next step's probes where a step is taken in :meth:`walk`.
         self.deferred = False
         #: Whether the forward of :attr:`layers` is a compiled one at present.
         self.compiled = False
@@ -84,9 +85,23 @@ class Space(ABC):
             seed: Seed of the run.
             step: The coming step.
         """
+        self.catch_up()
         if self._factors is not None and self._sampler is not None and self.deferred:
             with uninterrupted():
                 self._factors.settle(self._sampler, seed, step)
+
+    def walk(self, sampler: Sampler, seed: int, step: int) -> AbstractContextManager[None]:
+        """Context of a captured step of one direction: its move may wait for the probes of the next one; see :meth:`catch_up`.
+
+        Args:
+            sampler: Gives the step's direction.
+            seed: Seed of the run.
+            step: The step.
+        """
+        return nullcontext()
+
+    def catch_up(self) -> None:  # noqa: B027
+        """Make the move that waits for the next step's probes; the weights then have the bits of a move made at once."""
 
     def drop(self) -> None:
         """Forget deferred moves: the weights are about to be others."""

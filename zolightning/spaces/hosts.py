@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.blocks import Block
-from zolightning.kernels import Pack, rows
+from zolightning.kernels import Pack, Update, rows
 from zolightning.samplers.base import Direction
+from zolightning.spaces.late import LateMove
 from zolightning.spaces.lazy import Source
 from zolightning.spaces.paired import linear_half_by_half
 
@@ -62,12 +63,18 @@ class View:
         amounts: Factor of each block's noise: scale times probe distance, ``[blocks]``.
         copies: 1, or 2 for both signs at once.
         paths: Blocks that are not made at all, and what computes with them instead.
+        late: The move that has to be made where blocks are read first; ``None``: none waits.
     """
 
     direction: Direction
     amounts: Tensor
     copies: int = 1
     paths: Mapping[int, Source] = field(default_factory=dict)
+    late: LateMove | None = None
+
+    def take(self, indices: Sequence[int]) -> Update | None:
+        """The move that has to be made with some blocks; see :meth:`LateMove.take`."""
+        return self.late.take(indices) if self.late is not None else None
 
 
 class Host:
@@ -106,7 +113,7 @@ class Host:
             indices = [index for index in self.indices if index not in without]
             self._packs[without] = Pack([self.blocks[i].tensor for i in indices], [self.blocks[i].id for i in indices], indices)
         pack = self._packs[without]
-        return dict(zip(pack.slots, _pass(pack, self.blocks, view), strict=True)) if pack.tensors else {}
+        return dict(zip(pack.slots, _pass(pack, self.blocks, view, view.take(pack.slots)), strict=True)) if pack.tensors else {}
 
 
 class Matrix:
@@ -128,23 +135,28 @@ class Matrix:
     def rows(self, ids: Tensor) -> Tensor:
         view, noise = self._view, self._view.direction.noise(self._block)
         with self.reading():
+            if view.late is not None:
+                view.late.make([self._index])
             return rows(self._block.tensor, ids, view.amounts, self._index, noise, view.direction.clock, view.copies)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         parts, first = [], 0
-        for pack in self._pieces:
-            made = self._make(pack)
+        for made in self._made():
             own = bias[..., first : first + made.shape[1]] if bias is not None else None
             parts.append(F.linear(x, made[0], own) if self.copies == 1 else linear_half_by_half(x, made, own))
             first += made.shape[1]
         return _joined(parts, -1)
 
     def whole(self) -> Tensor:
-        return _joined([self._make(pack)[0] for pack in self._pieces], 0)
+        return _joined([made[0] for made in self._made()], 0)
 
-    def _make(self, pack: Pack) -> Tensor:
-        with self.reading():
-            return _pass(pack, {self._index: self._block}, self._view)[0]
+    def _made(self) -> Iterator[Tensor]:
+        """The pieces, one after another: each ``[copies, rows, H]``."""
+        move = self._view.take([self._index])
+        for pack in self._pieces:
+            with self.reading():
+                made = _pass(pack, {self._index: self._block}, self._view, move)[0]
+            yield made
 
 
 def pieces(index: int, block: Block) -> list[Pack]:
@@ -168,9 +180,10 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _pass(pack: Pack, blocks: Mapping[int, Block], view: View) -> list[Tensor]:
+def _pass(pack: Pack, blocks: Mapping[int, Block], view: View, move: Update | None) -> list[Tensor]:
     noises = [view.direction.noise(blocks[index]) for index in pack.slots]
-    return pack.materialise(view.amounts, noises, view.direction.clock, view.copies)
+    shown = view.amounts, noises, view.direction.clock, view.copies
+    return pack.materialise(*shown) if move is None else pack.advance(move, *shown)
 
 
 def layer_paths(model: nn.Module) -> list[str]:

@@ -13,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from zolightning import kernels
 from zolightning.blocks import Block
-from zolightning.samplers.base import Direction
+from zolightning.samplers.base import Direction, Sampler
 from zolightning.spaces.base import SetupReport, Space
 from zolightning.spaces.hosts import LAYER_BYTES, Host, Matrix, Owner, View, layer_paths, nbytes, pieces
 from zolightning.spaces.interrupts import uninterrupted
+from zolightning.spaces.late import LateMove
 from zolightning.spaces.lazy import LazyWeight, Source
 from zolightning.spaces.paired import pair, pairable, unpair
 from zolightning.spaces.resolution import resolvable_eps
@@ -45,6 +46,8 @@ class SwapSpace(Space):
         self._hosts = self._place()
         self._everything = Host("", model, self._owners, self.blocks)
         self._pieces: dict[int, list[kernels.Pack]] = {}
+        self._late: LateMove | None = None
+        self._walking = False
         self._handles: list[RemovableHandle] = []
         self._watch: ProbeWatch | None = None
 
@@ -88,7 +91,42 @@ class SwapSpace(Space):
 
     def _view(self, direction: Direction, distance: float, copies: int) -> View:
         amounts, factors = direction.scales.to(self.compute_dtype) * distance, self.factors(direction)
-        return View(direction, amounts, copies, factors.paths(direction, amounts, copies) if factors is not None else {})
+        if not self._walking:
+            self.catch_up()
+        late = self._late if self._walking else None
+        return View(direction, amounts, copies, factors.paths(direction, amounts, copies) if factors is not None else {}, late)
+
+    @contextmanager
+    def walk(self, sampler: Sampler, seed: int, step: int) -> Iterator[None]:
+        if not self.deferred or self._factors is not None or type(self).move is not SwapSpace.move:  # a move of its own may do more
+            self.catch_up()
+            yield
+            return
+        if self._late is None:
+            self._late = LateMove(self.blocks, self.compute_dtype)
+        self._late.begin(sampler, seed, step)
+        try:
+            self._walking = True
+            yield
+        finally:
+            self._walking, self._late.waits = False, True
+
+    def catch_up(self) -> None:
+        if self._late is not None:
+            self._late.catch_up()
+
+    def drop(self) -> None:
+        super().drop()
+        if self._late is not None:
+            self._late.drop()
+
+    def move(self, directions: Sequence[Direction], weights: Tensor, shrink: Tensor | float, valid: Tensor) -> None:
+        if self._walking and self._late is not None:
+            (direction,) = directions
+            self._late.note(direction, weights[:, None] * direction.scales, shrink, valid)
+        else:
+            self.catch_up()
+            super().move(directions, weights, shrink, valid)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -100,6 +138,7 @@ class SwapSpace(Space):
         super()._moved()
         self._hosts, self._everything = self._place(), Host("", self.model, self._owners, self.blocks)
         self._pieces.clear()
+        self._late = None
 
     def restore(self) -> None:
         """Take all hooks away and put the weights back into their modules; harmless where there is nothing to do."""

@@ -61,6 +61,17 @@ class UnionSpace(Space):
         for space in self.spaces:
             space.settle(seed, step)
 
+    @contextmanager
+    def walk(self, sampler: Sampler, seed: int, step: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for space in self.spaces if type(self).move is UnionSpace.move else ():  # a move of its own may do more
+                stack.enter_context(space.walk(sampler, seed, step))
+            yield
+
+    def catch_up(self) -> None:
+        for space in self.spaces:
+            space.catch_up()
+
     def drop(self) -> None:
         for space in self.spaces:
             space.drop()
