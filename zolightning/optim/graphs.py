@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +42,6 @@ class StepGraphs:
         self._compute = compute
         self._captured: dict[Any, _Captured] = {}
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None  # one for all: each stream that multiplies matrices gets 32 MiB for good
 
     def rehearse(self, bound: BoundObjective) -> str:
         """Run a step without the change of the weights; where it waits for the device, empty if it does not."""
@@ -94,17 +94,30 @@ class StepGraphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as that which watches over NCCL, may talk to the device meanwhile.
-        with _no_garbage(), torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
+        stream, _ = streams(torch.cuda.current_device())
+        with _no_garbage(), torch.cuda.graph(graph, self._pool, stream, "thread_local"):
             outputs = self._compute(bound, True)
         return _Captured(graph, bound.batch, outputs)
 
     def _warm_up(self, bound: BoundObjective) -> None:
         """Compile and load every kernel."""
-        self._stream = self._stream or torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        stream, _ = streams(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             self._compute(bound.to(with_padding(bound.batch)), False)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+@cache
+def streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """A stream for captures, and one for what runs beside them and goes first. All optimizers of a process share them.
+
+    Each stream that multiplies matrices gets 32 MiB for good.
+
+    Args:
+        device: Number of the GPU.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from zolightning.estimators.base import Estimator
 from zolightning.estimators.two_point import TwoPoint
 from zolightning.objectives.base import BoundObjective
-from zolightning.optim.graphs import StepGraphs
+from zolightning.optim.graphs import StepGraphs, streams
 from zolightning.optim.history import History, Row
 from zolightning.optim.looks import Looks
 from zolightning.optim.precision import exact_float32
@@ -119,7 +119,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self._on_device = (lr, 0)  # what these two hold
         self._skipped = SkippedSteps(torch.zeros(2, dtype=torch.int64, device=space.device), max_skipped)
         self._graphs = StepGraphs(self._compute)
-        self._side = torch.cuda.Stream(space.device, priority=-1) if space.device.type == "cuda" else None
+        self._side = streams(space.device.index)[1] if space.device.type == "cuda" else None
         probes, constant = len(self.estimator.probes), self.sampler.constant_scales and space.active(self._clock) is None
         #: What the latest steps did.
         self.history = History(self.estimator.queries, probes, self.sampler.scales(), constant, space.compute_dtype)
