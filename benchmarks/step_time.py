@@ -269,6 +269,8 @@ def chart(rows: list[ledger.Row], path: Path) -> None:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.axvline(1, color="gray", linestyle=":", label="limit: two captured plain forwards")
     axes.set(xlabel="time of a step / limit")
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
     figure.legend(fontsize=8, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
 

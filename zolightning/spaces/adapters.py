@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zolightning.spaces.dense import DenseSpace
 from zolightning.spaces.wrapping import linear_maps, one_line, require_peft, wrap
 
+_MASK = "zolightning_mask"  # under which the mask passes through peft's forward
 _INIT = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
@@ -96,16 +97,19 @@ def _keys_and_values(model: Any, tokens: int, seed: int) -> Tensor:
 
 
 def _without_positions(model: Any, arguments: Any, options: dict[str, Any]) -> Any:
-    """The peft model would drop them with a warning; and it would copy the numbers of the virtual tokens to the device in every forward."""
+    """The peft model would drop them with a warning, and would fetch the numbers and the mask of its tokens from the host each time."""
     options.pop("position_ids", None)
+    options[_MASK] = options.pop("attention_mask", None)
     device = model.prompt_encoder["default"].embedding.weight.device
     model.prompt_tokens["default"] = model.prompt_tokens["default"].to(device)
     return arguments, options
 
 
 def _with_positions(model: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
-    """Count positions from the first real token on: without them a row's loss would depend on its padding."""
-    mask, ids = options.get("attention_mask"), options.get("input_ids")
-    if mask is not None and mask.dim() == 2 and ids is not None and options.get("position_ids") is None:
+    """All see the prefix. Count positions from the first real token on: without them a row's loss would depend on its padding."""
+    mask, ids = options.pop(_MASK, None), options.get("input_ids")
+    if mask is not None and mask.dim() == 2 and ids is not None:
+        prefix = options["past_key_values"].get_seq_length()
+        options["attention_mask"] = mask = torch.cat([mask.new_ones(mask.shape[0], prefix), mask], dim=1)
         options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return arguments, options
