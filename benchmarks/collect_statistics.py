@@ -4,16 +4,14 @@ r"""Statistics of every block on several tasks: signal, noise and curvature, alo
         --biases fitted --trajectory 60 --points 3 --output runs/statistics
 
 Each task starts at the pretrained weights. At ``points`` places of a path of ``trajectory`` steps it measures ``batches`` batches of
-``rows`` rows: ``G`` without bias, ``E||g_B||^2`` and ``F`` (see zolightning.modules.statistics). ``statistics.safetensors`` holds
-``TASK/STEP/{gradient,batch,fisher}``, shape [blocks], with the blocks' names in its metadata; ``statistics.jsonl`` one row per task and
-place with the same numbers by name, for tasks with candidates also ``without_prior`` (see zolightning.modules.prior). Tasks and places
-that are there already are not measured again.
+``rows`` rows: ``G`` without bias, ``E||g_B||^2`` and ``F`` (see zolightning.modules.statistics). ``statistics.jsonl`` has one row per
+task and place with these numbers by name of the block, for tasks with candidates also ``without_prior`` (see zolightning.modules.prior).
+Tasks and places that are there already are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from safetensors.torch import save_file
 
 from benchmarks import ledger
 from zolightning import CandidateCrossEntropy, DenseSpace, OneCopySGD, TaskDataModule
@@ -49,10 +46,6 @@ def main(options: Sequence[str] | None = None) -> None:
                       f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
                 if (time.monotonic() - start) / 60 >= arguments.minutes:
                     break
-    found = load(path)
-    tensors = {f"{task}/{step}/{field}": getattr(s, field).clone() for (task, step), s in found.items() for field in _FIELDS}
-    names = json.dumps(next(iter(found.values())).names)
-    save_file(tensors, arguments.output / "statistics.safetensors", metadata={"names": names})
 
 
 def parse(options: Sequence[str] | None = None) -> argparse.Namespace:

@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,31 +46,31 @@ def run_all(config: dict[str, Any], workers: int, minutes: float = math.inf) -> 
     count, seconds = plan.outlook()
     print(f"{count} runs are left, about {clock(seconds / most)} with {most} workers; {len(plan.done)} are done", flush=True)
     # A fresh process now and then, so that what compilers and graphs leave behind does not pile up.
-    pools = [multiprocessing.get_context("spawn").Pool(workers, see, (gpu,), maxtasksperchild=16) for gpu in range(gpus)]
-    while True:
-        left = minutes * 60 - (time.monotonic() - start)
-        if len(running) < most:
-            plan = Plan(config)
-            finals = list(plan.done.values())
-            free = [run for run in plan.next_runs() if run.key not in running and run.key not in failed]
-            fitting = [run for run in free if estimate(run, finals, config) < left]
-            for run in fitting[: most - len(running)]:
-                busy = Counter(gpu for gpu, _ in running.values())
-                gpu = min(range(gpus), key=busy.__getitem__)
-                running[run.key] = gpu, pools[gpu].apply_async(execute, (run,))
-        if not running or left < 0:
-            break
-        for key in [key for key, (_, result) in running.items() if result.ready()]:
-            try:
-                print(f"{time.monotonic() - start:6.0f} s  {running.pop(key)[1].get()}", flush=True)
-            except Exception as error:  # one bad cell must not end the grid
-                failed.add(key)
-                print("failed:", *key, error, file=sys.stderr, flush=True)
-        time.sleep(0.2)
-    if running:
-        print(f"time is up: {len(running)} runs were cut off and will start again", flush=True)
-    for pool in pools:
-        pool.terminate()
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        pools = [stack.enter_context(context.Pool(workers, see, (gpu,), maxtasksperchild=16)) for gpu in range(gpus)]
+        while True:
+            left = minutes * 60 - (time.monotonic() - start)
+            if len(running) < most:
+                plan = Plan(config)
+                finals = list(plan.done.values())
+                free = [run for run in plan.next_runs() if run.key not in running and run.key not in failed]
+                fitting = [run for run in free if estimate(run, finals, config) < left]
+                for run in fitting[: most - len(running)]:
+                    busy = Counter(gpu for gpu, _ in running.values())
+                    gpu = min(range(gpus), key=busy.__getitem__)
+                    running[run.key] = gpu, pools[gpu].apply_async(execute, (run,))
+            if not running or left < 0:
+                break
+            for key in [key for key, (_, result) in running.items() if result.ready()]:
+                try:
+                    print(f"{time.monotonic() - start:6.0f} s  {running.pop(key)[1].get()}", flush=True)
+                except Exception as error:  # one bad cell must not end the grid
+                    failed.add(key)
+                    print("failed:", *key, error, file=sys.stderr, flush=True)
+            time.sleep(0.2)
+        if running:
+            print(f"time is up: {len(running)} runs were cut off and will start again", flush=True)
     count, seconds = Plan(config).outlook()
     print(f"{count} runs are left, about {clock(seconds / most)}", flush=True)
     return len(failed)
@@ -83,7 +84,7 @@ def see(gpu: int) -> None:
 def gpu_name(number: int) -> str:
     """What CUDA calls one of the GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[number] if visible else str(number)
+    return str(number) if visible is None else [*visible.split(","), ""][number]
 
 
 def main(options: list[str] | None = None) -> None:

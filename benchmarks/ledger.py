@@ -42,7 +42,9 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, result: Row) -> None:
     """A result as a file of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    new = path.with_name(f"{path.name}.{os.getpid()}")  # one that is cut short leaves the old file
+    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def replace(path: Path, row: Row, key: Sequence[str]) -> list[Row]:

@@ -80,8 +80,7 @@ class Pipeline:
         if work:
             print("measured beside one another:", *work, flush=True)
             self._beside(work)
-            (self.state / "statistics.safetensors").unlink(missing_ok=True)  # the same numbers once more
-        if (folder / "policy.safetensors").exists():
+        if not path.exists() and (folder / "policy.safetensors").exists():
             shutil.copy(folder / "policy.safetensors", path)
         return path.exists() and all(self._places(task) == o.points for task in o.tasks.split(","))
 
@@ -96,14 +95,17 @@ class Pipeline:
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu_name(number % gpus)}
             running[name] = subprocess.Popen([sys.executable, "-m", module, *options], env=environment)
         try:
-            for name, process in running.items():
-                if process.wait(max(self.left * 60, 0.1)):
-                    raise SystemExit(f"{name} failed with status {process.returncode}")
-        except subprocess.TimeoutExpired:
-            print("time is up", flush=True)
+            while running and self.left > 0:
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    if status := running.pop(name).returncode:
+                        raise SystemExit(f"{name} failed with status {status}")
+                time.sleep(0.2)
+            if running:
+                print("time is up", flush=True)
         finally:
             for process in running.values():
                 process.kill()
+                process.wait()
 
     def make(self) -> bool:
         """All policies of the grids, in the work folder."""

@@ -172,7 +172,8 @@ def main() -> None:
             row["efficiency"] = round(row["row_forwards_per_second"] / row["devices"] / base["row_forwards_per_second"], 4)
             rows.append(row)
             print(table(rows)[-1], flush=True)
-            ledger.replace(arguments.out, row | about, KEY)
+            if not known or row is not base:
+                ledger.replace(arguments.out, row | about, KEY)
         print(*table(rows), sep="\n", flush=True)
     if arguments.kill:
         row = killed(max(arguments.devices), max(arguments.devices) - 1, arguments)

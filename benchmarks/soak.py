@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, steps: int, folder: Path) -> ledger.Row
     from zolightning.callbacks import RunJournal
     from zolightning.models import load_model
 
-    memory, path = Memory(options.every), folder / str(steps)
+    memory, path = Memory(min(options.every, steps)), folder / str(steps)
     optimizer = partial(zl.ZOOptimizer, lr=options.lr, eps=options.eps)
     module = zl.ZOFinetuneModule(options.pretrained, options.dtype, optimizer=optimizer)
     data = zl.TaskDataModule(

@@ -144,6 +144,18 @@ class TestChoice:
         with pytest.raises(ValueError, match="pair=true does not work here: row losses differ by"):
             optimizer.step(bound)
 
+    def test_one_sign_alone_is_wrong(self) -> None:
+        """An error that does not grow with the distance is small beside the signs far out: without a perturbation it is all there is."""
+
+        class HalfWrong(CandidateCrossEntropy):
+            def rows(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+                loss, weight = super().rows(model, batch)
+                return loss + 1e-2 * (torch.arange(len(loss)) // 4), weight
+
+        optimizer = ZOOptimizer(DenseSpace(tiny("llama")), lr=1e-3, eps=1e-3, pair=True)
+        with pytest.raises(ValueError, match=r"row losses of equal weights differ by 0\.02 between the two signs"):
+            optimizer.step(HalfWrong().on(optimizer.space.model, candidates()))
+
     def test_a_reward_is_probed_sign_by_sign(self) -> None:
         class Held(CandidateCrossEntropy):
             several_forwards = True

@@ -111,6 +111,22 @@ class TestPrefix:
         assert [tuple(block.tensor.shape) for block in space.blocks] == [(4, 2 * 2 * 32)]
         assert torch.allclose(found, expected, atol=1e-5)
 
+    def test_the_mask_arrives_whoever_calls(self) -> None:
+        """By position, with embeddings in place of tokens, and where the adapter is switched off: padding is not seen."""
+        model = tiny("llama")
+        space = zl.AdapterSpace(model, "prefix", tokens=4)
+        ids, mask = torch.tensor([[1, 1, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]])
+        whole: Any = space.model
+        with torch.no_grad():
+            alone, last = whole(input_ids=ids[:, 2:], attention_mask=mask[:, 2:]).logits[:, -1], whole(ids, mask).logits[:, -1]
+            assert torch.allclose(last, alone, atol=1e-5)
+            embeddings = model.get_input_embeddings()(ids)  # type: ignore[operator]
+            with_mask = whole(inputs_embeds=embeddings, attention_mask=mask).logits[:, -1]
+            assert not torch.equal(with_mask, whole(inputs_embeds=embeddings).logits[:, -1])
+            with whole.disable_adapter():
+                off = whole(input_ids=ids, attention_mask=mask).logits[:, -1]
+                assert torch.allclose(off, whole(input_ids=ids[:, 2:], attention_mask=mask[:, 2:]).logits[:, -1], atol=1e-5)
+
     @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2"])
     def test_padding_changes_nothing(self, family: str) -> None:
         """Rows have the same logits whatever their padding, in both forms that objectives use."""

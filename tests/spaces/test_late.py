@@ -106,6 +106,23 @@ def test_bits(family: str, tied: bool, large: bool, forward: str, monkeypatch: p
     assert seen[True][-1] != state_bits(tiny(family, torch.bfloat16, tied))
 
 
+def test_weights_that_were_moved_elsewhere() -> None:
+    """The move that waits is made where the weights are now, before they are located anew."""
+    ends = []
+    for waits in (False, True):
+        model = tiny("llama", torch.bfloat16)
+        steps = Steps(DenseSpace(model), waits)
+        for step in range(2):
+            steps.take(step, tokens)
+        before = state_bits(model)
+        for block in steps.space.blocks:
+            block.tensor.data = block.tensor.data.clone()
+        steps.space.locate()
+        assert (state_bits(model) != before) == waits
+        ends.append(state_bits(model))
+    assert ends[0] == ends[1]
+
+
 class Tied(nn.Module):
     """Two layers that share a matrix, so that the second one's blocks are made together with one that has moved."""
 

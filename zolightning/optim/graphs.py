@@ -88,6 +88,7 @@ class StepGraphs:
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
+        self._pool = None
 
     def _capture(self, bound: BoundObjective) -> _Captured:
         self._warm_up(bound)

@@ -201,7 +201,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         work: Callable[[], Any] = bound if hasattr(bound, "rows") else closure
         self.history.make_room(group["step"])
         self._set_clock(group["lr"], group["step"])
-        if self.sampler.looks(group["step"]):
+        if self.sampler.reads_weights(group["step"]):
             self.space.catch_up()
         self.sampler.refresh(group["step"])
         self.space.prepare(self.sampler, group["seed"], group["step"])

@@ -155,16 +155,20 @@ def choose_form(
 
     def agrees(candidate: Form) -> str:
         """Empty, or why not."""
-        reason = ""
+        reason, still = "", None
         for further in _CHECK_EPS:
             if further not in references:
                 references[further] = _rows(space, bound, direction, eps * further, plain)
             reference = references[further]
             try:
+                still = _rows(space, bound, direction, 0.0, candidate) if still is None else still
                 rows = _rows(space, bound, direction, eps * further, candidate)
             except (torch.OutOfMemoryError, RuntimeError, NotImplementedError, IndexError, TypeError, ValueError) as error:
                 return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             gap, signal = (rows - reference).norm(), (reference[0] - reference[1]).norm()
+            apart = (still[0] - still[1]).norm()  # without any perturbation both signs are the same rows with the same weights
+            if not apart <= allowed * signal / further + 1e-6 * reference.norm():
+                return f"row losses of equal weights differ by {float(apart):.2g} between the two signs"
             if gap <= allowed * signal + 1e-6 * reference.norm():
                 return ""
             reason = reason or f"row losses differ by {float(gap):.2g}, where the two signs differ by {float(signal):.2g}"

@@ -99,7 +99,7 @@ class Sampler(ABC):
     def refresh(self, step: int) -> None:  # noqa: B027
         """Called before every step; the place for what may look at the host, such as statistics of the weights now and then."""
 
-    def looks(self, step: int) -> bool:
+    def reads_weights(self, step: int) -> bool:
         """Whether :meth:`refresh` looks at the weights before a step; the moves of earlier steps are then made first.
 
         Args:

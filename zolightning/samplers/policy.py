@@ -96,8 +96,8 @@ class PolicySampler(Sampler):
             self._compute()
         self._expected = step + 1
 
-    def looks(self, step: int) -> bool:
-        return step % self.refresh_every == 0 or self.base.looks(step)
+    def reads_weights(self, step: int) -> bool:
+        return step % self.refresh_every == 0 or self.base.reads_weights(step)
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -99,7 +99,10 @@ def _keys_and_values(model: Any, tokens: int, seed: int) -> Tensor:
 def _without_positions(model: Any, arguments: Any, options: dict[str, Any]) -> Any:
     """The peft model would drop them with a warning, and would fetch the numbers and the mask of its tokens from the host each time."""
     options.pop("position_ids", None)
-    options[_MASK] = options.pop("attention_mask", None)
+    mask = options.get("attention_mask")
+    off = "forward" in vars(model)  # inside disable_adapter(), where the model below is called past its hooks
+    if isinstance(mask, Tensor) and mask.dim() == 2 and options.get("input_ids") is not None and not off:
+        options[_MASK] = options.pop("attention_mask")
     device = model.prompt_encoder["default"].embedding.weight.device
     model.prompt_tokens["default"] = model.prompt_tokens["default"].to(device)
     return arguments, options
@@ -108,8 +111,10 @@ def _without_positions(model: Any, arguments: Any, options: dict[str, Any]) -> A
 def _with_positions(model: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
     """All see the prefix. Count positions from the first real token on: without them a row's loss would depend on its padding."""
     mask, ids = options.pop(_MASK, None), options.get("input_ids")
-    if mask is not None and mask.dim() == 2 and ids is not None:
+    if mask is not None:
         prefix = options["past_key_values"].get_seq_length()
-        options["attention_mask"] = mask = torch.cat([mask.new_ones(mask.shape[0], prefix), mask], dim=1)
+        options["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], prefix), mask], dim=1)
+    mask = options.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and ids is not None and options.get("position_ids") is None:
         options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     return arguments, options

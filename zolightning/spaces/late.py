@@ -102,9 +102,16 @@ class LateMove:
         """Make the move that waits, if one does."""
         if self.waits:
             with uninterrupted():
+                if self._source is not None and self._blocks[0].tensor.device != self._clock.device:
+                    self._name(*self._source, int(self._clock))  # plain forms of noise know their step, not the clock
                 self._start()
                 self.make(range(len(self._blocks)))
                 self.drop()
+
+    def moved(self) -> None:
+        """Make the move where the blocks are now; they were elsewhere before."""
+        self._packs.clear()
+        self.catch_up()
 
     def drop(self) -> None:
         """Forget the move that waits."""

@@ -138,6 +138,8 @@ class SwapSpace(Space):
         super()._moved()
         self._hosts, self._everything = self._place(), Host("", self.model, self._owners, self.blocks)
         self._pieces.clear()
+        if self._late is not None:
+            self._late.moved()
         self._late = None
 
     def restore(self) -> None:
