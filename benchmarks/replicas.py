@@ -38,7 +38,6 @@ from zolightning.optim.replicas import Mode
 
 ROWS = 16  # a device, in mode rows; in all, in mode directions
 WARM_UP = 5
-KILLED_STEPS = 40  # of the run that is killed
 KEY = ("shape", "dtype", "tokens", "mode", "devices", "machine")
 MODES: tuple[Mode, ...] = ("rows", "directions")
 
@@ -102,7 +101,7 @@ def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row
             "--data.task=demo",
             "--checkpoint.every_n_train_steps=5",
         ]
-        command += [f"--trainer.accelerator={accelerator}", "--trainer.limit_val_batches=0", f"--trainer.max_steps={KILLED_STEPS}"]
+        command += [f"--trainer.accelerator={accelerator}", "--trainer.limit_val_batches=0", f"--trainer.max_steps={arguments.kill_steps}"]
         command += ["--trainer.strategy=zolightning.ReplicaStrategy", "--trainer.strategy.mode=directions", "--ckpt_path=last"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -134,7 +133,7 @@ def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row
         "devices": devices,
         "then": then,
         "resumed_from_step": step,
-        "steps": KILLED_STEPS,
+        "steps": arguments.kill_steps,
     }
     return row | {"message": message, "seconds_to_stop": round(took, 2), "equal_to_one_device": equal}
 
@@ -159,6 +158,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200, help="of each run that is timed; 0: none is")
     parser.add_argument("--kill", action="store_true", help="kill a process of a run, and go on with one device less")
+    parser.add_argument("--kill-steps", type=int, default=40, help="of the run that is killed")
     parser.add_argument("--pretrained", default="demo", help="trained by the command in the run that is killed")
     parser.add_argument("--out", type=Path, default=Path("docs/results/replicas.json"))
     arguments = parser.parse_args()
