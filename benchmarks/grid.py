@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 import yaml
 
 from benchmarks.plan import Plan
-from benchmarks.runs import execute
+from benchmarks.runs import Run, execute
 from benchmarks.times import clock, estimate
 
 
@@ -59,7 +60,7 @@ def run_all(config: dict[str, Any], workers: int, minutes: float = math.inf) -> 
                 for run in fitting[: most - len(running)]:
                     busy = Counter(gpu for gpu, _ in running.values())
                     gpu = min(range(gpus), key=busy.__getitem__)
-                    running[run.key] = gpu, pools[gpu].apply_async(execute, (run,))
+                    running[run.key] = gpu, pools[gpu].apply_async(attempt, (run,))
             if not running or left < 0:
                 break
             for key in [key for key, (_, result) in running.items() if result.ready()]:
@@ -74,6 +75,15 @@ def run_all(config: dict[str, Any], workers: int, minutes: float = math.inf) -> 
     count, seconds = Plan(config).outlook()
     print(f"{count} runs are left, about {clock(seconds / most)}", flush=True)
     return len(failed)
+
+
+def attempt(run: Run) -> str:
+    """A run in a worker. What goes wrong is said there and comes back as text: not every error can travel between processes."""
+    try:
+        return execute(run)
+    except Exception as error:
+        traceback.print_exc()
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def see(gpu: int) -> None:

@@ -4,10 +4,10 @@
     python -m benchmarks.replicas --devices 3 --steps 0 --kill
 
 Each device has the same work, however many there are: in mode ``rows`` its own 16 rows, in mode ``directions`` its own query.
-``efficiency`` is (rows x forwards a second on n devices) / (n x those on one). ``wire`` is what each device sends in a step. After the
-last step the weights of all are compared bit by bit. With ``--kill`` the command trains ``--pretrained`` on the most devices, the last
-process is killed in the middle, and the run goes on with one less; its weights are compared with those of one device. Processes are
-started here; on a machine with GPUs each takes one (NCCL), else a core (gloo).
+``efficiency`` is (rows x forwards a second on n devices) / (n x those on one), from the median time of ten steps. ``wire`` is what each
+device sends in a step. After the last step the weights of all are compared bit by bit. With ``--kill`` the command trains
+``--pretrained`` on the most devices, the last process is killed in the middle, and the run goes on with one less; its weights are
+compared with those of one device. Processes are started here; on a machine with GPUs each takes one (NCCL), else a core (gloo).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from zolightning.optim.checksum import checksum
 from zolightning.optim.replicas import Mode
 
 ROWS = 16  # a device, in mode rows; in all, in mode directions
-WARM_UP = 5
+TIMED = 10  # steps between two looks at the clock: nothing else makes a host wait for its device
 KEY = ("shape", "dtype", "tokens", "mode", "devices", "machine")
 MODES: tuple[Mode, ...] = ("rows", "directions")
 
@@ -58,14 +59,15 @@ def work(rank: int, world: int, mode: Mode, arguments: argparse.Namespace, folde
     if world > 1:
         optimizer.replicas = Replicas(mode)
     times = []
-    for _ in range(arguments.steps):
+    for _ in range(arguments.steps // TIMED):
         start = time.perf_counter()
-        optimizer.step(bound)
+        for _ in range(TIMED):
+            optimizer.step(bound)
         if cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / TIMED)
     found = {
-        "seconds": statistics.median(times[WARM_UP:]),
+        "seconds": statistics.median(times[1:]),
         "payload": optimizer.replicas.payload if optimizer.replicas is not None else 0,
         "checksum": f"{int(checksum(block.tensor for block in optimizer.space.blocks)) % (1 << 64):016x}",
         "form": optimizer.param_groups[0]["form"],
@@ -91,22 +93,17 @@ def measure(world: int, mode: Mode, arguments: argparse.Namespace) -> ledger.Row
 
 def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row:
     """The command on some devices, one of them killed, the rest on another number; beside one device that nobody kills."""
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator, begin = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic()
+    command = [sys.executable, "-m", "zolightning", "fit", "--model=zolightning.ZOFinetuneModule", "--model.dtype=float32"]
+    command += [f"--model.pretrained={arguments.pretrained}", "--model.estimator=zolightning.TwoPoint", "--model.estimator.queries=4"]
+    command += ["--data=zolightning.TaskDataModule", "--data.task=demo", f"--checkpoint.every_n_train_steps={arguments.kill_steps // 8}"]
+    command += [f"--trainer.accelerator={accelerator}", "--trainer.limit_val_batches=0", f"--trainer.max_steps={arguments.kill_steps}"]
+    command += ["--trainer.strategy=zolightning.ReplicaStrategy", "--trainer.strategy.mode=directions", "--ckpt_path=last"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "zolightning", "fit", "--model=zolightning.ZOFinetuneModule", "--model.dtype=float32"]
-        command += [f"--model.pretrained={arguments.pretrained}", "--model.estimator=zolightning.TwoPoint"]
-        command += [
-            "--model.estimator.queries=4",
-            "--data=zolightning.TaskDataModule",
-            "--data.task=demo",
-            "--checkpoint.every_n_train_steps=5",
-        ]
-        command += [f"--trainer.accelerator={accelerator}", "--trainer.limit_val_batches=0", f"--trainer.max_steps={arguments.kill_steps}"]
-        command += ["--trainer.strategy=zolightning.ReplicaStrategy", "--trainer.strategy.mode=directions", "--ckpt_path=last"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
         def start(name: str, count: int) -> subprocess.Popen[str]:
             more = [f"--trainer.default_root_dir={folder}/{name}", f"--trainer.devices={count}"]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
             return subprocess.Popen([*command, *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
         def finish(run: subprocess.Popen[str]) -> None:
@@ -114,28 +111,42 @@ def killed(devices: int, then: int, arguments: argparse.Namespace) -> ledger.Row
             if run.returncode:
                 raise RuntimeError(error)
 
-        finish(start("one", 1))
-        run = start("many", devices)
-        while not Path(folder, "many", "checkpoints", "last.ckpt").exists() and run.poll() is None:
+        def load(name: str) -> dict[str, Any]:
+            checkpoint: dict[str, Any] = torch.load(Path(folder, name, "checkpoints", "last.ckpt"), weights_only=True, map_location="cpu")
+            return checkpoint
+
+        def say(what: str) -> None:
+            print(f"{time.monotonic() - begin:6.1f} s  {what}", file=sys.stderr, flush=True)
+
+        alone, run = start("one", 1), start("many", devices)
+        while not Path(folder, "many", "checkpoints", "last.ckpt").exists():
+            if run.poll() is not None:
+                raise RuntimeError(f"the run ended before it was killed: {run.communicate()[1]}")
             time.sleep(0.05)
-        os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1]), signal.SIGKILL)
+        os.kill(replica(run.pid, devices - 1), signal.SIGKILL)
+        say("killed the last replica")
         start_of_end = time.monotonic()
-        message = run.communicate()[1].strip()
+        message = run.communicate()[1].strip().splitlines()[-1]
         took = time.monotonic() - start_of_end
-        load = [torch.load(Path(folder, name, "checkpoints", "last.ckpt"), weights_only=True) for name in ("one", "many")]
-        step = load[1]["global_step"]
+        say(message)
+        step = load("many")["global_step"]
         finish(start("many", then))
-        load[1] = torch.load(Path(folder, "many", "checkpoints", "last.ckpt"), weights_only=True)
-        one, many = (checkpoint["state_dict"] for checkpoint in load)
+        say(f"{then} devices went on from step {step} to the end")
+        finish(alone)
+        say("one device has done the whole")
+        one, many = load("one")["state_dict"], load("many")["state_dict"]
         equal = all(torch.equal(tensor, many[name]) for name, tensor in one.items())
-    row: ledger.Row = {
-        "pretrained": arguments.pretrained,
-        "devices": devices,
-        "then": then,
-        "resumed_from_step": step,
-        "steps": arguments.kill_steps,
-    }
-    return row | {"message": message, "seconds_to_stop": round(took, 2), "equal_to_one_device": equal}
+    row: ledger.Row = {"pretrained": arguments.pretrained, "devices": devices, "then": then, "resumed_from_step": step}
+    row |= {"steps": arguments.kill_steps, "message": message, "seconds_to_stop": round(took, 2), "equal_to_one_device": equal}
+    return row
+
+
+def replica(parent: int, rank: int) -> int:
+    """The process of that rank among those that a run has started; compilers are others."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"LOCAL_RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise RuntimeError(f"process {parent} has no replica {rank}")
 
 
 def table(rows: list[ledger.Row]) -> list[str]:
