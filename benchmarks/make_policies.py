@@ -5,22 +5,13 @@ r"""The policies that a comparison needs, made from statistics of the blocks.
 Controls: ``uniform``, ``untrained`` (the published network before its training), ``upper_half`` of the layers, ``closed_form``
 (:math:`\sigma_i^2 \propto \rho_i = G_i / F_i`).
 
-Candidates from the same statistics: ``power_2``, ``power_3`` (that ratio to a power: more concentrated), ``upper_ratio`` (the ratio in the
-upper half alone), ``decrease`` (the largest expected decrease of a step).
-
-Candidates from statistics without the preference for some answers (zolightning.modules.prior): ``free_1``, ``free_2`` (that ratio, to a
-power), ``free_upper`` (in the upper half alone), ``element`` (:math:`\sigma_i^2 \propto \sqrt{d_i / F_i}` with :math:`d_i` elements:
-what a step of Adam has in common for a block), ``horizon_10``, ``horizon_100`` (the largest expected decrease over a horizon of steps: a
-block's gain ends when its gradient is used up, so longer horizons spread the scales).
-
-Candidates in which the ratio is learnt over the tasks, as a function of the block's features and a number of its own, shrunk as much as
-predicts a task best from the others (benchmarks.block_model): ``learned_2``, ``learned_4`` (to a power), ``learned_horizon_10``,
-``learned_horizon_30``, ``learned_horizon_100`` (the largest decrease by these ratios).
+Candidates: ``upper_ratio`` (that ratio in the upper half alone); ``shared_2``, ``shared_3``, ``shared_4``: the ratio that all tasks and
+places share (zolightning.policies.shared), to a power, from statistics without the preference for some answers (zolightning.modules.prior).
 
 Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
 
-Tasks and places are averaged after each was divided by its own :math:`\sum_i F_i`, so that one with little signal says little.
+For the closed forms tasks and places are averaged after each was divided by its own :math:`\sum_i F_i`.
 """
 
 from __future__ import annotations
@@ -33,17 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import block_model
-from benchmarks.block_model import BlockModel
 from benchmarks.collect_statistics import load
 from zolightning import DenseSpace
 from zolightning.models import load_model
 from zolightning.modules.statistics import BlockStatistics, mean_statistics
-from zolightning.policies import BlockInfo, FeaturePolicy, Features, Policy, Table, controls
-
-_LEAST = 1e-3  # signal for curvature where the sum over all blocks is lost in noise
+from zolightning.policies import BlockInfo, Policy, Table, controls
+from zolightning.policies.shared import shared_ratio
 
 
 @dataclass(frozen=True)
@@ -52,17 +39,13 @@ class Sources:
 
     Args:
         blocks: Of the model.
-        features: What policies see of them, from the pretrained weights.
         whole: Statistics as the objective has them, pooled.
-        free: Statistics without the preference for some answers, pooled.
-        ratios: Of those, ``G / F`` by task: float64, ``[tasks, blocks]``.
+        free: Statistics without the preference for some answers, one of each task and place.
     """
 
     blocks: list[BlockInfo]
-    features: Features
     whole: BlockStatistics
-    free: BlockStatistics
-    ratios: Tensor
+    free: list[BlockStatistics]
 
 
 def pool(several: list[BlockStatistics]) -> BlockStatistics:
@@ -74,54 +57,26 @@ def pool(several: list[BlockStatistics]) -> BlockStatistics:
     return mean_statistics(scaled)
 
 
-def sources(statistics: Path, tasks: Sequence[str], blocks: list[BlockInfo], features: Features) -> Sources:
-    """Read and pool the statistics of some tasks."""
-    whole, free = load(statistics), load(statistics, "without_prior")
-    by_task = [pool([value for (task, _), value in free.items() if task == wanted]) for wanted in tasks]
-    ratios = torch.stack([one.gradient.double() / one.fisher.double().clamp_min(1e-30) for one in by_task])
-    return Sources(blocks, features, pool([value for (task, _), value in whole.items() if task in tasks]), pool(by_task), ratios)
+def sources(statistics: Path, tasks: Sequence[str], blocks: list[BlockInfo]) -> Sources:
+    """Read the statistics of some tasks."""
+
+    def of(kind: str) -> list[BlockStatistics]:
+        return [value for (task, _), value in load(statistics, kind).items() if task in tasks]
+
+    return Sources(blocks, pool(of("blocks")), of("without_prior"))
 
 
 def policies(given: Sources) -> dict[str, Policy]:
     """All of them by name."""
     upper = controls.upper_half(given.blocks)
     closed = controls.closed_form(given.blocks, given.whole.by_name("gradient"), given.whole.by_name("fisher"))
-    ratio, above = closed.values.detach().double().square(), upper.values.detach().double()
-    fisher = given.free.fisher.double().clamp_min(1e-30)
-    free = (given.free.gradient.double() / fisher).clamp_min(0.0)
-    element = (torch.tensor([block.numel for block in given.blocks], dtype=torch.float64) / fisher).sqrt()
-    x = given.features.standard().double()
-    x[:, -2:] = 0.0  # loss and progress: the statistics do not tell them apart
-    model = block_model.learn(given.ratios, x)
-    signal = max(float(given.free.gradient.sum()), _LEAST * float(fisher.sum()))
-    smooth = replace(given.free, gradient=fisher * model.ratios * signal / (fisher * model.ratios).sum())
-
-    def table(multipliers: Tensor) -> Table:
-        return Table.of(given.blocks, (multipliers / multipliers.max()).sqrt().float())
-
-    def horizon(statistics: BlockStatistics, steps: float) -> Table:
-        return table(statistics.decrease_scales(steps).square())  # what one step loses along the gradient, so many times over
-
+    gradient, fisher = (torch.stack([getattr(one, name) for one in given.free]) for name in ("gradient", "fisher"))
+    rows = torch.tensor([one.rows for one in given.free])
     return {
         "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": upper, "closed_form": closed,
-        "power_2": table(ratio**2), "power_3": table(ratio**3), "upper_ratio": table(ratio * above),
-        "decrease": table(given.whole.decrease_scales().square()),
-        "free_1": table(free), "free_2": table(free**2), "free_upper": table(free * above), "element": table(element),
-        "horizon_10": horizon(given.free, 10), "horizon_100": horizon(given.free, 100),
-        "learned_2": learned(given.blocks, x, model, 2), "learned_4": learned(given.blocks, x, model, 4),
-        "learned_horizon_10": horizon(smooth, 10), "learned_horizon_30": horizon(smooth, 30), "learned_horizon_100": horizon(smooth, 100),
+        "upper_ratio": Table.of(given.blocks, closed.values.detach() * upper.values.detach()),
+        **{f"shared_{power}": shared_ratio(given.blocks, gradient, fisher, rows, power) for power in (2, 3, 4)},
     }  # fmt: skip
-
-
-def learned(blocks: list[BlockInfo], features: Tensor, model: BlockModel, power: float) -> FeaturePolicy:
-    """The learnt ratios to a power: what is a function of the features carries over to other models, the rest to derived ones."""
-    policy = FeaturePolicy(hidden=0, offset=True).bind(blocks)
-    own = model.ratios.log() - features @ model.weights
-    with torch.no_grad():
-        policy.weight_out.copy_((power / 2 * model.weights).float())
-        policy.offsets.copy_((power / 2 * own).float())
-    policy.trained = {"ridge": model.ridge, "share": model.share}
-    return policy
 
 
 def write(folder: Path, given: Sources, about: dict[str, Any]) -> None:
@@ -147,13 +102,11 @@ def main(options: Sequence[str] | None = None) -> None:
     wanted = arguments.tasks.split(",") if arguments.tasks else list(dict.fromkeys(task for task, _ in load(arguments.statistics)))
     space = DenseSpace(load_model(arguments.pretrained, "bfloat16"))
     blocks = [BlockInfo.of(block) for block in space.blocks]
-    features = Features(blocks)
-    features.measure(block.tensor for block in space.blocks)
     sets = {"": wanted}
     if arguments.leave_out:
         sets |= {f"without_{task}": [other for other in wanted if other != task] for task in wanted}
     for name, tasks in sets.items():
-        given = sources(arguments.statistics, tasks, blocks, features)
+        given = sources(arguments.statistics, tasks, blocks)
         about = {"base_model": Path(arguments.pretrained).name, "trained": {"statistics": arguments.statistics.name, "tasks": tasks}}
         write(arguments.out / name, given, about)
         print(f"{len(blocks)} blocks, {given.whole.rows} rows of {', '.join(tasks)}: {arguments.out / name}", flush=True)
