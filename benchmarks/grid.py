@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from benchmarks.plan import Plan
-from benchmarks.runs import Run, execute
+from benchmarks.runs import Run, execute, release
 from benchmarks.times import clock, estimate
 
 
@@ -84,6 +84,8 @@ def attempt(run: Run) -> str:
     except Exception as error:
         traceback.print_exc()
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    finally:
+        release()
 
 
 def see(gpu: int) -> None:

@@ -78,7 +78,7 @@ class FirstOrder:
     """Adam with a backward pass: shows how much there is to learn. A step counts as two forwards, to take as many as the others.
 
     Args:
-        model: The network; float32.
+        model: The network; float32. Products take TF32 where the device has it: how much there is to learn needs no more.
         lr: Learning rate.
     """
 
@@ -89,8 +89,13 @@ class FirstOrder:
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """One step; returns the loss."""
         self.optimizer.zero_grad()
-        loss = closure()
-        loss.backward()
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            loss = closure()
+            loss.backward()
+        finally:
+            torch.set_float32_matmul_precision(before)
         self.optimizer.step()
         self.forwards += 2
         return loss.detach()

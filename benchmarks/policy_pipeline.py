@@ -18,7 +18,6 @@ The folder ``state`` holds all that a later call needs, eight files; everything 
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ import torch
 from benchmarks import choose, collect_statistics, derive, grid, make_policies
 from benchmarks.grid import gpu_name
 from benchmarks.plan import Plan
+from benchmarks.runs import release
 
 ROOT = Path(__file__).parents[1]
 GRIDS = ROOT / "benchmarks" / "grids"
@@ -156,13 +156,6 @@ class Pipeline:
             self.measured() and self.make() and self.run("policy_design") and self.choose()
             and self.run("policy_rest") and self.derived() and self.run("policy_reuse") and self.run("policy_seen")
         )  # fmt: skip
-
-
-def release() -> None:
-    """Leave the device's memory to the grid's processes."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def main(options: Sequence[str] | None = None) -> None:

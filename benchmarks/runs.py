@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import dataclass, field
@@ -34,6 +35,13 @@ class Run:
     def key(self) -> tuple[Any, ...]:
         """What identifies the run in the ledger."""
         return tuple(getattr(self, name) for name in FIELDS)
+
+
+def release() -> None:
+    """Leave the device's memory to the processes beside this one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def execute(run: Run) -> str:

@@ -106,7 +106,7 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         called.append(Path(config["ledger"]).stem)
         worth = {"shared_3": 0.4, "ours": 0.4}
         while runs := Plan(config).next_runs():
-            losses = [worth.get(run.method, 0.6) + (0.0 if run.lr in (1e-5, 2e-5) else 0.1) for run in runs]
+            losses = [worth.get(run.method, 0.6) + (0.0 if run.lr in (1e-6, 1e-5, 2e-5) else 0.1) for run in runs]
             ledger.append(Path(config["ledger"]), *(row for run, loss in zip(runs, losses, strict=True) for row in rows(run, loss)))
         return 0
 

@@ -16,7 +16,8 @@ from torch import Tensor
 import zolightning as zl
 from zolightning.journal import Recorder, read
 from zolightning.noise import GaussianNoise, Key
-from zolightning.spaces.low_rank import bank
+from zolightning.spaces.low_rank import Slots, bank
+from zolightning.spaces.paired import pair, unpair
 from zolightning.testing import DeviceOnly, check_space
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -37,6 +38,21 @@ def slots_moved(space: zl.LowRankSpace, before: list[bytes]) -> set[str]:
     for slot in {name for name, _ in changed}:
         assert len({moved for name, moved in changed if name == slot}) == 1, f"{slot} moved in part"
     return {name for name, moved in changed if moved}
+
+
+def test_slots_in_halves_for_sizes_that_vary() -> None:
+    """Compiled once, the first half of the rows meets the first matrix, whatever their length."""
+    torch.manual_seed(0)
+    slots = Slots([torch.randn(5, 2), torch.randn(5, 2)])
+    pair([slots])
+    slots._parameters.update({name: torch.stack([part, -part]).detach() for name, part in slots.named_parameters()})
+    first, second = slots.weight
+    compiled = torch.compile(lambda x: slots(x), backend="aot_eager", dynamic=True)
+    for length in (3, 5):
+        x = torch.randn(4, length, 4)
+        assert torch.allclose(compiled(x), torch.cat([x[:2] @ first.T, x[2:] @ second.T]), atol=1e-6)
+    unpair([slots])
+    assert type(slots) is Slots
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zolightning.blocks import check_ids
 from zolightning.noise import Key, RademacherNoise, block_id
 from zolightning.spaces.dense import DenseSpace
 from zolightning.spaces.origins import canonical
+from zolightning.spaces.paired import LinearMap
 from zolightning.spaces.wrapping import linear_maps, one_line, require_peft, wrap
 
 _ADAPTER = "default"  # peft's name for it
@@ -121,7 +121,7 @@ def bank(name: str, rank: int, slots: int, width: int, seed: int, device: torch.
     return signs.view(slots * rank, width) * rank**-0.5
 
 
-class Slots(nn.Module):
+class Slots(LinearMap):
     """The matrix ``B`` of an adapter, kept as tensors of some columns each; outwards it is one matrix.
 
     Args:
@@ -136,11 +136,7 @@ class Slots(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All columns: ``[m, slots * rank]``."""
-        return torch.cat([part for part in self._parameters.values() if part is not None], dim=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The linear map of the whole matrix."""
-        return F.linear(x, self.weight)
+        return torch.cat([part for part in self._parameters.values() if part is not None], dim=-1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()

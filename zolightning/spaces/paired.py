@@ -10,8 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 _TWIN = "_zolightning_twin"
+
+
+class LinearMap(nn.Module):
+    """A linear map whose matrix is put together from its parameters; from pairs of them (``[2, ...]``) it puts together two."""
+
+    bias: None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, or the pair ``[2, out, in]``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map."""
+        return functional.linear(x, self.weight)
 
 
 def pairable(modules: Iterable[nn.Module]) -> bool:
@@ -70,12 +86,12 @@ def linear_half_by_half(x: Tensor, matrices: Tensor, bias: Tensor | None) -> Ten
 @cache
 def _paired(kind: Any) -> type[nn.Module]:
     """The class of modules of a kind that compute in halves."""
-    plain = kind.forward is nn.Linear.forward  # spelled out, since compilers know it better than its vmap
+    plain = kind.forward in (nn.Linear.forward, LinearMap.forward)  # spelled out: compilers fail on its vmap for sizes that vary
 
     def forward(self: nn.Module, *inputs: Tensor) -> Any:
         twin = self.__dict__[_TWIN]
         if plain:
-            return linear_in_halves(inputs[0], self._parameters["weight"], self._parameters["bias"])  # type: ignore[arg-type]
+            return linear_in_halves(inputs[0], self.weight, self.bias)  # type: ignore[arg-type]
         weights: dict[str, Tensor] = {name: value for name, value in self._parameters.items() if value is not None}
 
         def half(weights: dict[str, Tensor], *inputs: Tensor) -> Any:
