@@ -26,14 +26,17 @@ def compile_all() -> None:
     from zolightning.kernels import fused
 
     for dtype, kind, gaussian in (("fp16", tl.float16, True), ("bf16", tl.bfloat16, False)):
-        constants: dict[str, Any] = {"GAUSSIAN": gaussian, "TYPE": kind, "ALIGNED": True, "COPIES": 2, "OCTETS": 256, "PARTS": 4, "RANK": 8}
+        constants: dict[str, Any] = {"GAUSSIAN": gaussian, "SHARED": not gaussian, "TYPE": kind, "ALIGNED": True}
+        constants |= {"COPIES": 2, "OCTETS": 256, "PARTS": 4, "RANK": 8}
         types = POINTERS | dict.fromkeys(("out", "weight", "basis"), f"*{dtype}")
         for kernel in (fused._materialise, fused._update, fused._advance, fused._rows, fused._fold):
             own = {name: value for name, value in constants.items() if name in kernel.arg_names}
             signature = {name: "constexpr" if name in own else types.get(name, "i32") for name in kernel.arg_names}
             places = {(kernel.arg_names.index(name),): value for name, value in own.items()}
             source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs={})
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False})
+            made = triton.compile(
+                source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8 if gaussian else 2, "enable_fp_fusion": False}
+            )
             assert made.asm["cubin"]
             print(kernel.__name__, dtype)
 

@@ -63,20 +63,21 @@ class TestOneLaunch:
         Pack(one, range(100, 107)).update(factors, rows, 0.01, yes)
         assert [bits(w) for w in one] == [bits(w) for w in two]
 
-    def test_parts_of_a_block(self, kind: type[Noise], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Rows of a matrix draw the noise of their place in it, for any purpose."""
-        whole, yes = torch.randn(24, 100).to(dtypes[0]).to(DEVICE), torch.tensor(True, device=DEVICE)
+    @pytest.mark.parametrize("width", [100, 112])
+    def test_parts_of_a_block(self, kind: type[Noise], dtypes: list[torch.dtype], width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows of a matrix draw the noise of their place in it, for any purpose, in the middle of 128 signs or where such begin."""
+        whole, yes = torch.randn(24, width).to(dtypes[0]).to(DEVICE), torch.tensor(True, device=DEVICE)
         parts = [whole.clone()[rows] for rows in (slice(0, 8), slice(8, 24))]
         noise = kind(Key(9, 100, 4), purpose=Purpose.BASIS)
         for devices in (pack.FUSED_DEVICES, set()):
             monkeypatch.setattr(pack, "FUSED_DEVICES", devices)
-            cut = Pack(parts, [100, 100], [0, 0], [0, 800])
+            cut = Pack(parts, [100, 100], [0, 0], [0, 8 * width])
             made = Pack([whole], [100]).materialise(amounts(1), [noise], copies=2)[0]
             assert bits(torch.cat(cut.materialise(amounts(1), [noise] * 2, copies=2), dim=1)) == bits(made.clone())
             moved = whole.clone()
             Pack([moved], [100]).update(amounts(1)[None], [[noise]], 0.0, yes)
             own = [part.clone() for part in parts]
-            Pack(own, [100, 100], [0, 0], [0, 800]).update(amounts(1)[None], [[noise] * 2], 0.0, yes)
+            Pack(own, [100, 100], [0, 0], [0, 8 * width]).update(amounts(1)[None], [[noise] * 2], 0.0, yes)
             assert bits(torch.cat(own)) == bits(moved)
 
     def test_long_programs(self, kind: type[Noise], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +140,14 @@ def test_advance(kind: type[Noise], dtypes: list[torch.dtype], copies: int, vali
 @pytest.mark.parametrize("width", [8, 24, 17, 576])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows(kind: type[Noise], width: int) -> None:
-    """Looked-up rows are those of the whole perturbed matrix, whatever their alignment; the second half has the other sign."""
+    """Looked-up rows are those of the whole perturbed matrix, however aligned; the second half has the other sign, also of zero."""
     weight, noise, slots = torch.randn(50, width).bfloat16().to(DEVICE), kind(Key(1, 2, 3)), torch.tensor([0.0, 0.2], device=DEVICE)
     ids = torch.tensor([[49, 0, 7], [7, 1, 0], [3, 3, 48], [49, 2, 1]], device=DEVICE)
-    plus, minus = Pack([weight], [2], [1]).materialise(slots, [noise], copies=2)[0]
-    assert bits(kernels.rows(weight, ids, slots, 1, noise, None, 1)) == bits(plus[ids])
-    assert bits(kernels.rows(weight, ids, slots, 1, noise, None, 2)) == bits(torch.cat([plus[ids[:2]], minus[ids[2:]]]))
+    weight[:, ::3] = -0.0
+    for slot in range(2):
+        plus, minus = Pack([weight], [2], [slot]).materialise(slots, [noise], copies=2)[0]
+        assert bits(kernels.rows(weight, ids, slots, slot, noise, None, 1)) == bits(plus[ids])
+        assert bits(kernels.rows(weight, ids, slots, slot, noise, None, 2)) == bits(torch.cat([plus[ids[:2]], minus[ids[2:]]]))
 
 
 @needs_triton

@@ -15,16 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zolightning.kernels.noise import _INTERPRETED, draw, rounding_bits, weave
+from zolightning.kernels.noise import _INTERPRETED, draw, place, rounding_bits, weave
 from zolightning.kernels.rounding import HALF_INFINITY, HALF_NAN, TO_HALF
 from zolightning.noise import Noise
 
 _TO_HALF = tl.constexpr(TO_HALF)
 _HALF_INFINITY, _HALF_NAN = tl.constexpr(HALF_INFINITY), tl.constexpr(HALF_NAN)
-_OCTETS = 256  # octets (8 elements) that a program works on at a time, one a thread
+_OCTETS = 256  # octets (8 elements) that a program works on at a time
 _PARTS = 4  # how often it does so, where there is enough work for all programs; what it looks up first then counts less
 _MANY = 1 << 21  # octets that are enough
 _WARPS = 8
+_REGISTERS = 128  # for a thread with four octets: none is spilled, where the compiler would take up to 160
 _SCALARS = ["k0", "k1", "stream", "queries", "slot", "block"]  # values that change must not recompile
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _POINTER, _NUMEL, _ID, _SLOT, _FIRST, _OFFSET, _PROGRAM, _COLUMNS = (tl.constexpr(i) for i in range(8))
@@ -73,119 +74,130 @@ def _pointer(row, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, left, OCTETS: tl.constexpr):
+def _elements(OCTETS: tl.constexpr, SHARED: tl.constexpr):
+    """The elements of the octets that a program works on at a time, in the order of the noise."""
+    i = tl.arange(0, OCTETS * 8)
+    return tl.max_contiguous(tl.multiple_of(place(i // 8, OCTETS, SHARED) * 8 | i & 7, 8), 8)
+
+
+@triton.jit
+def _load(pointer, at, left):
     """Whole octets as vectors; what is left of the last one element by element."""
-    at, whole = tl.arange(0, OCTETS * 8), left // 8 * 8
+    whole = left // 8 * 8
     w = tl.load(pointer + at, mask=at < whole, other=0.0)
     if whole != left:
-        w = tl.where(at < whole, w, tl.load(pointer + at, mask=(at >= whole) & (at < left), other=0.0))
+        w = tl.where(at < whole, w, tl.load(pointer + whole + (at & 7), mask=_last(at, left), other=0.0))
     return w.to(tl.float32)
 
 
 @triton.jit
-def _store(pointer, left, value, OCTETS: tl.constexpr):
-    at, whole = tl.arange(0, OCTETS * 8), left // 8 * 8
+def _store(pointer, at, left, value):
+    whole = left // 8 * 8
     tl.store(pointer + at, value, mask=at < whole)
     if whole != left:
-        tl.store(pointer + at, value, mask=(at >= whole) & (at < left))
+        tl.store(pointer + at, value, mask=_last(at, left))
+
+
+@triton.jit
+def _last(at, left):
+    """Where the last octet, which is not whole, has elements. Told by place in the octet: numbers of elements would fill registers."""
+    return (at // 8 == left // 8) & (at % 8 < left % 8)
 
 
 @triton.jit
 def _show(
-    plus, minus, left, w, amount, k0, k1, octet, block, step, stream,
-    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
+    plus, minus, at, left, w, amount, k0, k1, first, block, step, stream,
+    GAUSSIAN: tl.constexpr, SHARED: tl.constexpr, TYPE: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     """Store ``w + a z``, and with two copies ``w - a z``."""
-    u = weave(*draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream), GAUSSIAN)) * amount
-    _store(plus, left, _nearest(w + u, TYPE), OCTETS)
+    u = weave(*draw(_u32(k0), _u32(k1), first, block, step, _u32(stream), amount, GAUSSIAN, SHARED, OCTETS))
+    filled = (left + 7) // 8 * 8  # each copy has room for whole octets
+    tl.store(plus + at, _nearest(w + u, TYPE), mask=at < filled)
     if COPIES == 2:
-        _store(minus, left, _nearest(w - u, TYPE), OCTETS)
+        tl.store(minus + at, _nearest(w - u, TYPE), mask=at < filled)
 
 
 @triton.jit
 def _moved(
-    w, amounts, stride, queries, rate, k0, k1, octet, block, step, stream,
-    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
+    w, amounts, stride, queries, rate, k0, k1, first, block, step, stream,
+    GAUSSIAN: tl.constexpr, SHARED: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     """The weights after a step, rounded to their type."""
     t0 = tl.zeros([OCTETS], tl.float32)  # one sum a place in the octet: a sum over whole octets would be laid out otherwise
     t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
     for q in range(queries):
-        z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), octet, block, step, _u32(stream + q * _QUERY), GAUSSIAN)
-        a = tl.load(amounts + q * stride)
-        t0, t1, t2, t3 = t0 + z0 * a, t1 + z1 * a, t2 + z2 * a, t3 + z3 * a
-        t4, t5, t6, t7 = t4 + z4 * a, t5 + z5 * a, t6 + z6 * a, t7 + z7 * a
+        a, of_query = tl.load(amounts + q * stride), _u32(stream + q * _QUERY)
+        z0, z1, z2, z3, z4, z5, z6, z7 = draw(_u32(k0), _u32(k1), first, block, step, of_query, a, GAUSSIAN, SHARED, OCTETS)
+        t0, t1, t2, t3, t4, t5, t6, t7 = t0 + z0, t1 + z1, t2 + z2, t3 + z3, t4 + z4, t5 + z5, t6 + z6, t7 + z7
     total = weave(t0, t1, t2, t3, t4, t5, t6, t7)
     w = w + (total - w * rate)
     if tl.float32 != TYPE:
-        w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, block, step, _u32(stream)), TYPE)
+        w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), first, block, step, _u32(stream), SHARED, OCTETS), TYPE)
     return w
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _materialise(
     out, rows, segments, amounts, clock, k0, k1, stream,
-    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
+    GAUSSIAN: tl.constexpr, SHARED: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     row, first, left = _place(rows, segments, OCTETS, PARTS)
-    weight = _pointer(row, first, TYPE, ALIGNED)
-    octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
+    weight, at = _pointer(row, first, TYPE, ALIGNED), _elements(OCTETS, SHARED)
+    octet = _u32(tl.load(row + _FIRST) + first)
     block, step, amount = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), tl.load(amounts + tl.load(row + _SLOT))
     plus = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
     minus = plus + (tl.load(row + _NUMEL) + 7) // 8 * 8
     for part in range(PARTS):
-        here = left - part * (OCTETS * 8)
+        shift, here, own = part * (OCTETS * 8), left - part * (OCTETS * 8), octet + part * OCTETS
         if here > 0:
-            here = tl.minimum(here, OCTETS * 8)
-            shift = part * (OCTETS * 8)
-            w = _load(weight + shift, here, OCTETS)
-            at = octet + part * OCTETS
-            _show(plus + shift, minus + shift, here, w, amount, k0, k1, at, block, step, stream, GAUSSIAN, TYPE, COPIES, OCTETS)
+            w = _load(weight + shift, at, here)
+            _show(
+                plus + shift, minus + shift, at, here, w, amount, k0, k1, own, block, step, stream, GAUSSIAN, SHARED, TYPE, COPIES, OCTETS
+            )
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _update(
     rows, segments, amounts, stride, valid, shrink, clock, k0, k1, stream, queries,
-    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, OCTETS: tl.constexpr, PARTS: tl.constexpr,
+    GAUSSIAN: tl.constexpr, SHARED: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, OCTETS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     if tl.load(valid):
         row, first, left = _place(rows, segments, OCTETS, PARTS)
-        block, step, slot = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), tl.load(row + _SLOT)
-        first_octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
-        weight, rate = _pointer(row, first, TYPE, ALIGNED), tl.load(shrink)
+        weight, at, rate = _pointer(row, first, TYPE, ALIGNED), _elements(OCTETS, SHARED), tl.load(shrink)
+        block, step, of_slot = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), amounts + tl.load(row + _SLOT)
+        octet = _u32(tl.load(row + _FIRST) + first)
         for part in range(PARTS):
-            here = left - part * (OCTETS * 8)
+            shift, here, own = part * (OCTETS * 8), left - part * (OCTETS * 8), octet + part * OCTETS
             if here > 0:
-                here, octet = tl.minimum(here, OCTETS * 8), first_octet + part * OCTETS
-                w = _load(weight + part * (OCTETS * 8), here, OCTETS)
-                w = _moved(w, amounts + slot, stride, queries, rate, k0, k1, octet, block, step, stream, GAUSSIAN, TYPE, OCTETS)
-                _store(weight + part * (OCTETS * 8), here, w, OCTETS)
+                w = _load(weight + shift, at, here)
+                w = _moved(w, of_slot, stride, queries, rate, k0, k1, own, block, step, stream, GAUSSIAN, SHARED, TYPE, OCTETS)
+                _store(weight + shift, at, here, w)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def _advance(
     out, rows, segments, moves, valid, shrink, before, amounts, clock, k0, k1, stream,
-    GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
+    GAUSSIAN: tl.constexpr, SHARED: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, COPIES: tl.constexpr, OCTETS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     row, first, left = _place(rows, segments, OCTETS, PARTS)
-    weight, slot = _pointer(row, first, TYPE, ALIGNED), tl.load(row + _SLOT)
-    octet = (tl.load(row + _FIRST) + first + tl.arange(0, OCTETS)).to(tl.uint32)
+    weight, at, slot = _pointer(row, first, TYPE, ALIGNED), _elements(OCTETS, SHARED), tl.load(row + _SLOT)
+    octet = _u32(tl.load(row + _FIRST) + first)
     block, step, earlier = _u32(tl.load(row + _ID)), _u32(tl.load(clock)), _u32(tl.load(before))
     live, rate, amount = tl.load(valid), tl.load(shrink), tl.load(amounts + slot)
     plus = out + tl.load(row + _OFFSET) * (8 * COPIES) + first * 8
     minus = plus + (tl.load(row + _NUMEL) + 7) // 8 * 8
     for part in range(PARTS):
-        here = left - part * (OCTETS * 8)
+        shift, here, own = part * (OCTETS * 8), left - part * (OCTETS * 8), octet + part * OCTETS
         if here > 0:
-            here = tl.minimum(here, OCTETS * 8)
-            shift, at = part * (OCTETS * 8), octet + part * OCTETS
-            w = _load(weight + shift, here, OCTETS)
-            moved = _moved(w, moves + slot, 0, 1, rate, k0, k1, at, block, earlier, stream, GAUSSIAN, TYPE, OCTETS)
-            _store(weight + shift, tl.where(live, here, 0), moved, OCTETS)
+            w = _load(weight + shift, at, here)
+            moved = _moved(w, moves + slot, 0, 1, rate, k0, k1, own, block, earlier, stream, GAUSSIAN, SHARED, TYPE, OCTETS)
+            _store(weight + shift, at, tl.where(live, here, 0), moved)
             w = tl.where(live, moved.to(tl.float32), w)  # not a branch: it would be taken in nearly every step
-            _show(plus + shift, minus + shift, here, w, amount, k0, k1, at, block, step, stream, GAUSSIAN, TYPE, COPIES, OCTETS)
+            _show(
+                plus + shift, minus + shift, at, here, w, amount, k0, k1, own, block, step, stream, GAUSSIAN, SHARED, TYPE, COPIES, OCTETS
+            )
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -193,17 +205,15 @@ def _rows(
     out, weight, ids, amounts, clock, slot, block, k0, k1, stream, half, width,
     GAUSSIAN: tl.constexpr, TYPE: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)
-    start = tl.load(ids + place) * width
-    octet = start // 8 + tl.program_id(1) * OCTETS + tl.arange(0, OCTETS)
-    at = (start // 8 + tl.program_id(1) * OCTETS) * 8 + tl.arange(0, OCTETS * 8)
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(ids + row) * width
+    first = start // 8 + tl.program_id(1) * OCTETS
+    at = first * 8 + tl.arange(0, OCTETS * 8)
     mine = (at >= start) & (at < start + width)
-    z = draw(_u32(k0), _u32(k1), octet.to(tl.uint32), _u32(block), _u32(tl.load(clock)), _u32(stream), GAUSSIAN)
-    u = weave(*z) * tl.load(amounts + slot)
-    if place >= half:
-        u = -u
+    amount = tl.load(amounts + slot) * tl.where(row < half, 1.0, -1.0)  # a product: in Triton 3.6 ``-u`` is ``0 - u``, which has no -0
+    u = weave(*draw(_u32(k0), _u32(k1), _u32(first), _u32(block), _u32(tl.load(clock)), _u32(stream), amount, GAUSSIAN, False, OCTETS))
     w = tl.load(weight + at, mask=mine).to(tl.float32)
-    tl.store(out + place * width + (at - start), _nearest(w + u, TYPE), mask=mine)
+    tl.store(out + row * width + (at - start), _nearest(w + u, TYPE), mask=mine)
 
 
 @triton.jit(do_not_specialize=[*_SCALARS, "numel", "width"])
@@ -223,8 +233,8 @@ def _fold(
         total = total + b * a
     w = w + (total - w * tl.load(shrink))
     if tl.float32 != TYPE:
-        octet = (first + tl.arange(0, OCTETS)).to(tl.uint32)
-        w = _stochastic_round(w, rounding_bits(_u32(k0), _u32(k1), octet, _u32(block), _u32(tl.load(clock)), _u32(stream)), TYPE)
+        bits = rounding_bits(_u32(k0), _u32(k1), _u32(first), _u32(block), _u32(tl.load(clock)), _u32(stream), False, OCTETS)
+        w = _stochastic_round(w, bits, TYPE)
     tl.store(weight + first * 8 + tl.arange(0, OCTETS * 8), w, mask=mine)
 
 
@@ -243,6 +253,8 @@ class Table:
         self.device, self.dtype = tensors[0].device, tensors[0].dtype
         self.addresses = [t.data_ptr() for t in tensors]
         self.aligned = all(address % 16 == 0 for address in self.addresses)
+        #: Whether octets can share signs, of which the generator gives 128 at once. Four octets of float32 would fill the registers.
+        self.shareable = self.dtype != torch.float32 and all(start % 128 == 0 for start in starts)
         sizes = torch.tensor([t.numel() for t in tensors])
         octets = -(-sizes // 8)
         #: Octets of each tensor, the last one filled up; those of all.
@@ -291,9 +303,7 @@ def materialise(table: Table, amounts: Tensor, noise: Noise, clock: Tensor, copi
     out = torch.empty(table.length * 8 * copies, dtype=table.dtype, device=table.device)
     with _on(table.device):
         _materialise[(table.programs,)](
-            out, table.rows, table.segments, amounts, clock, *_key(noise), GAUSSIAN=noise.fused == "gaussian",
-            TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, COPIES=copies, OCTETS=_OCTETS, PARTS=table.parts,
-            num_warps=_WARPS, enable_fp_fusion=False,
+            out, table.rows, table.segments, amounts, clock, *_key(noise), COPIES=copies, **_form(table, noise)
         )  # fmt: skip
     return _views(table, out, copies)
 
@@ -320,11 +330,20 @@ def advance(
     out = torch.empty(table.length * 8 * copies, dtype=table.dtype, device=table.device)
     with _on(table.device):
         _advance[(table.programs,)](
-            out, table.rows, table.segments, moves, valid, shrink, before, amounts, clock, *_key(noise),
-            GAUSSIAN=noise.fused == "gaussian", TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, COPIES=copies, OCTETS=_OCTETS,
-            PARTS=table.parts, num_warps=_WARPS, enable_fp_fusion=False,
+            out, table.rows, table.segments, moves, valid, shrink, before, amounts, clock, *_key(noise), COPIES=copies,
+            **_form(table, noise),
         )  # fmt: skip
     return _views(table, out, copies)
+
+
+def _form(table: Table, noise: Noise) -> dict[str, Any]:
+    """What a pass over a table is compiled for. A thread works on an octet at a time, or on four if they share what is drawn."""
+    shared = noise.fused == "rademacher" and table.shareable
+    return {
+        "GAUSSIAN": noise.fused == "gaussian", "SHARED": shared, "TYPE": _TYPES[table.dtype], "ALIGNED": table.aligned, "OCTETS": _OCTETS,
+        "PARTS": table.parts, "num_warps": _WARPS // 4 if shared else _WARPS, "maxnreg": _REGISTERS if shared else None,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
 
 
 def _views(table: Table, out: Tensor, copies: int) -> list[Tensor]:
@@ -351,8 +370,7 @@ def update(table: Table, amounts: Tensor, noises: Sequence[Noise], shrink: Tenso
     with _on(table.device):
         _update[(table.programs,)](
             table.rows, table.segments, amounts, amounts.stride(0), valid, shrink, clock, *_key(noises[0]), len(noises),
-            GAUSSIAN=noises[0].fused == "gaussian", TYPE=_TYPES[table.dtype], ALIGNED=table.aligned, OCTETS=_OCTETS, PARTS=table.parts,
-            num_warps=_WARPS, enable_fp_fusion=False,
+            **_form(table, noises[0]),
         )  # fmt: skip
 
 

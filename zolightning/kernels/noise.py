@@ -32,14 +32,13 @@ def philox(k0, k1, c0, c1, c2, c3):
     c2 = tl.zeros_like(c0) + c2
     c3 = tl.zeros_like(c0) + c3
     for _ in tl.static_range(_ROUNDS):
-        h0 = tl.umulhi(c0, tl.full(c0.shape, _M0, tl.uint32))
-        h1 = tl.umulhi(c2, tl.full(c0.shape, _M1, tl.uint32))
-        l0 = c0 * tl.full(c0.shape, _M0, tl.uint32)
-        l1 = c2 * tl.full(c0.shape, _M1, tl.uint32)
-        c0 = h1 ^ c1 ^ k0
-        c1 = l1
-        c2 = h0 ^ c3 ^ k1
-        c3 = l0
+        # Both halves of a product from one instruction: 32 bits times 32 bits are 64.
+        p0 = c0.to(tl.uint64) * tl.full(c0.shape, _M0, tl.uint64)
+        p1 = c2.to(tl.uint64) * tl.full(c0.shape, _M1, tl.uint64)
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
         k0 = (k0 + tl.full((), _W0, tl.uint32)).to(tl.uint32)
         k1 = (k1 + tl.full((), _W1, tl.uint32)).to(tl.uint32)
     return c0, c1, c2, c3
@@ -113,33 +112,52 @@ def box_muller(a, b):
 
 
 @triton.jit
-def draw(k0, k1, octet, block, step, stream, GAUSSIAN: tl.constexpr):
-    """The noise of elements ``8 * octet`` to ``8 * octet + 7``: eight float32 tensors ``[N]``, one a place in the octet.
+def place(i, COUNT: tl.constexpr, SHARED: tl.constexpr):
+    """Which of ``COUNT`` octets in a row the one numbered ``i`` is: ``i`` itself, unless they share what is drawn.
 
-    ``octet`` is the flat index divided by 8: uint32, shape ``[N]``; the key's words are uint32 scalars, and
-    ``stream`` is ``query * 16 + purpose``.
+    The 128 bits of a Philox call are the signs of 16 octets, four to a word. A thread that shares has the call to itself and makes four
+    of those octets, one from each word, with three neighbours; its octets are ``COUNT // 4`` numbers apart.
     """
+    if SHARED:
+        i = (i & (COUNT // 4 - 4)) * 4 | i // (COUNT // 4) * 4 | i & 3
+    return i
+
+
+@triton.jit
+def draw(
+    k0, k1, first, block, step, stream, amount,
+    GAUSSIAN: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """``amount`` times the noise of ``COUNT`` octets from ``first`` on: eight float32 tensors ``[COUNT]``, one a place in the octet.
+
+    Octet ``i`` (of elements ``8 * i`` to ``8 * i + 7``) comes where :func:`place` has it; ``SHARED``, for signs alone, wants ``first``
+    to be a multiple of 16. ``first`` and the key's words are uint32 scalars, and ``stream`` is ``query * 16 + purpose``.
+    """
+    octet = first + place(tl.arange(0, COUNT), COUNT, SHARED).to(tl.uint32)
     if GAUSSIAN:
-        first = octet * 2
-        a0, a1, a2, a3 = philox(k0, k1, first, block, step, stream)
-        b0, b1, b2, b3 = philox(k0, k1, first + 1, block, step, stream)
+        a0, a1, a2, a3 = philox(k0, k1, octet * 2, block, step, stream)
+        b0, b1, b2, b3 = philox(k0, k1, octet * 2 + 1, block, step, stream)
         z0, z1 = box_muller(a0, a1)
         z2, z3 = box_muller(a2, a3)
         z4, z5 = box_muller(b0, b1)
         z6, z7 = box_muller(b2, b3)
+        z0, z1, z2, z3 = z0 * amount, z1 * amount, z2 * amount, z3 * amount
+        z4, z5, z6, z7 = z4 * amount, z5 * amount, z6 * amount, z7 * amount
     else:
-        w0, w1, w2, w3 = philox(k0, k1, octet >> 4, block, step, stream)
-        lane = (octet >> 2) & 3
-        word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-        byte = word >> ((octet & 3) * 8)
-        z0, z1, z2, z3 = _sign(byte, 0), _sign(byte, 1), _sign(byte, 2), _sign(byte, 3)
-        z4, z5, z6, z7 = _sign(byte, 4), _sign(byte, 5), _sign(byte, 6), _sign(byte, 7)
+        if SHARED:
+            call = (first >> 4) + (tl.arange(0, COUNT // 4) // 4).to(tl.uint32)
+            w0, w1, w2, w3 = philox(k0, k1, call, block, step, stream)
+            words = tl.reshape(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)), [COUNT // 4, 4])
+            word = tl.reshape(tl.trans(words), [COUNT])
+        else:
+            w0, w1, w2, w3 = philox(k0, k1, octet >> 4, block, step, stream)
+            lane = (octet >> 2) & 3
+            word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+        top = word << (24 - (octet & 3) * 8)  # the octet's byte, up where a sign is
+        less = amount * -1.0  # what a bit of 0 stands for; a 1 changes its sign
+        z0, z1, z2, z3 = _flip(less, top << 7), _flip(less, top << 6), _flip(less, top << 5), _flip(less, top << 4)
+        z4, z5, z6, z7 = _flip(less, top << 3), _flip(less, top << 2), _flip(less, top << 1), _flip(less, top)
     return z0, z1, z2, z3, z4, z5, z6, z7
-
-
-@triton.jit
-def _sign(byte, bit: tl.constexpr):
-    return ((byte >> bit) & 1).to(tl.float32) * 2.0 - 1.0
 
 
 @triton.jit
@@ -151,10 +169,11 @@ def weave(a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 @triton.jit
-def rounding_bits(k0, k1, octet, block, step, stream):
-    """Uniform 16-bit integers for elements ``8 * octet`` to ``8 * octet + 7``: uint32, shape ``[8 * len(octet)]``.
+def rounding_bits(k0, k1, first, block, step, stream, SHARED: tl.constexpr, COUNT: tl.constexpr):
+    """Uniform 16-bit integers for ``COUNT`` octets from ``first`` on: uint32, shape ``[8 * COUNT]``, in the order of :func:`draw`.
 
     ``stream`` is that of a direction.
     """
+    octet = first + place(tl.arange(0, COUNT), COUNT, SHARED).to(tl.uint32)
     w0, w1, w2, w3 = philox(k0, k1, octet, block, step, stream + 1)
     return weave(w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16)
