@@ -127,6 +127,8 @@ class ZOCLI(LightningCLI):
     _resume = False  # a run goes on to the end of its journal
 
     def __init__(self, args: ArgsType = None) -> None:
+        arguments = sys.argv[1:] if args is None else args
+        self._first = arguments[0] if isinstance(arguments, list) and arguments else None
         super().__init__(
             ZOModule,
             LightningDataModule,
@@ -157,6 +159,11 @@ class ZOCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, ``export`` and ``replay``."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "replay": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
+        if self._first in self.subcommands() and self._first != subcommand:  # nobody will ask this one, and it costs
+            return self.init_parser(**options)
+        return super()._prepare_subcommand_parser(klass, subcommand, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints lie in the run folder and can be set under ``checkpoint``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -193,9 +194,28 @@ def test_one_clear_line(
         assert file.read_text() == "of an earlier run"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+FORKS = """
+import json, os, sys
+from zolightning.cli import be_quiet, run
+import zolightning.command
+be_quiet()
+import datasets, transformers
+for arguments in json.load(sys.stdin):
+    if not os.fork():
+        os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.argv = ["zolightning", *arguments]
+        sys.exit(run())
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    print(json.dumps([status, open("stderr").read()]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_all_of_stderr(folder: Path, options: list[str], tiny_folder: str) -> None:
+    """In processes of their own, with every notice of Lightning, transformers and Python: the one line. What all import is imported once."""
+    make_models(folder, tiny_folder)
+    expected, runs = [], []
+    for name in (
         "unknown task",
         "missing column of a template",
         "latin text",
@@ -203,16 +223,19 @@ def test_one_clear_line(
         "encoder",
         "unwritable folder",
         "processes",
-    ],
-)
-def test_all_of_stderr(name: str, run: Run, folder: Path, options: list[str], tiny_folder: str) -> None:
-    """In a process of its own, with every notice of Lightning, transformers and Python: the one line."""
-    if name == "encoder":
-        make_models(folder, tiny_folder)
-    make, message = CASES[name]
-    done = run("fit", *options, *make(folder), cwd=folder)
-    assert done.returncode == 2
-    assert re.fullmatch(rf"error: [^\n]*{re.escape(message.format(folder=folder))}[^\n]*\n", done.stderr), done.stderr
+    ):
+        make, message = CASES[name]
+        runs.append(["fit", *options, *make(folder)])
+        expected.append(message.format(folder=folder))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_DEACTIVATE_ASYNC_LOAD": "1"}  # threads do not always survive a fork
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(command, input=json.dumps(runs), capture_output=True, text=True, cwd=folder, env=environment, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    for message, line in zip(expected, done.stdout.splitlines(), strict=True):
+        status, stderr = json.loads(line)
+        assert status == 2
+        assert re.fullmatch(rf"error: [^\n]*{re.escape(message)}[^\n]*\n", stderr), stderr
 
 
 def test_stderr_of_a_run(run: Run, options: list[str]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ UNION = {
 }
 
 
-def test_end_to_end(run: Run, options: list[str], tmp_path: Path) -> None:
+def test_end_to_end(run: Run, main: Callable[..., Any], options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fit says nothing on stderr; validate finds the figures of the run's end; export merges all and packs it again."""
     from transformers import AutoModelForCausalLM
 
@@ -33,11 +35,9 @@ def test_end_to_end(run: Run, options: list[str], tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^moves +27 blocks", done.stdout, re.M)
     after = [line.split()[-2] for line in done.stdout.splitlines() if line.startswith("loss (nats)")]
-    done = run("validate", *small, "--ckpt_path=last", "--trainer.limit_val_batches=1.0")
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[-2] for line in done.stdout.splitlines() if line.startswith("loss (nats)")] == after
-    done = run("export", *small, "--ckpt_path=last", "--output=out", "--requantize=int8")
-    assert done.returncode == 0, done.stderr
+    main("validate", *small, "--ckpt_path=last", "--trainer.limit_val_batches=1.0")
+    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines() if line.startswith("loss (nats)")] == after
+    main("export", *small, "--ckpt_path=last", "--output=out", "--requantize=int8")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map={"": "cpu"})
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.int8}
 

@@ -136,6 +136,19 @@ def test_print_config_round_trip(main: Main, small: list[str], tmp_path: Path, c
     assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], three[name]) for name in one)
 
 
+def test_one_file_for_several_subcommands(main: Main, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given before the subcommand, a section of it for each."""
+    with pytest.raises(SystemExit):
+        main("fit", *small, "--print_config")
+    settings = yaml.safe_load(capsys.readouterr().out)
+    sections = {"fit": settings, "validate": {key: settings[key] for key in ("model", "data", "trainer")}}
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(sections))
+    main("--config=all.yaml", "fit")
+    assert checkpoint(tmp_path / "run")["global_step"] == 3
+    main("--config=all.yaml", "validate", "--ckpt_path=last")
+    assert (tmp_path / "run" / "validate.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [

@@ -244,7 +244,7 @@ class TestMemory:
 
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=4,
+            vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=4, num_key_value_heads=4,
             tie_word_embeddings=False, pad_token_id=0, bos_token_id=None, eos_token_id=1,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
