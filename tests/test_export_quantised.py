@@ -14,7 +14,7 @@ from runs import make_module
 
 import zolightning as zl
 from zolightning.export import export_model, merged
-from zolightning.models import load_model
+from zolightning.models import load_model, settle
 
 
 def trained(folder: str, kind: str | None, space: Any) -> Any:
@@ -84,9 +84,10 @@ def test_a_packed_model(tiny_folder: str, tmp_path: Path, kind: str) -> None:
 
     module = trained(tiny_folder, kind, zl.QuantScaleSpace)
     export_model(module, None, tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map={"": "cpu"}).train()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map={"": "cpu"})
     assert packed_bits(again) == packed_bits(module.model)
     assert scale_bits(load_model(str(tmp_path), "float32")) == scale_bits(module.model)
+    settle(again, torch.float32)  # a CPU with AVX512-BF16 would pack the weights anew, which it cannot do for 32 columns
     assert loss_of(module.model) == pytest.approx(loss_of(again), abs=1e-4)
 
 

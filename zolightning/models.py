@@ -172,11 +172,14 @@ def _stored(config: Any) -> Packing | None:
 
 
 def _need_bitsandbytes(who: str) -> None:
-    """Make sure that bitsandbytes is there.
+    """Make sure that bitsandbytes is there, and that it speaks of errors alone.
+
+    Otherwise it reports every cast of an input of int8, and on CPUs with AVX512-BF16, when it is imported, a kernel that nothing here uses.
 
     Raises:
         ValueError: It is missing.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -203,7 +206,6 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast of an input of int8, in every forward
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
