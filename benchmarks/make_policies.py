@@ -5,8 +5,8 @@ r"""The policies that a comparison needs, made from statistics of the blocks.
 Controls: ``uniform``, ``untrained`` (the published network before its training), ``upper_half`` of the layers, ``closed_form``
 (:math:`\sigma_i^2 \propto \rho_i = G_i / F_i`).
 
-Candidates: ``upper_ratio`` (that ratio in the upper half alone); ``shared_2``, ``shared_3``, ``shared_4``: the ratio that all tasks and
-places share (zolightning.policies.shared), to a power, from statistics without the preference for some answers (zolightning.modules.prior).
+Candidates: ``upper_ratio`` (that ratio in the upper half alone); ``shared_3``, ``shared_4``: the ratio that all tasks and places
+share (zolightning.policies.shared), to a power, from statistics without the preference for some answers (zolightning.modules.prior).
 
 Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
@@ -75,7 +75,7 @@ def policies(given: Sources) -> dict[str, Policy]:
     return {
         "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": upper, "closed_form": closed,
         "upper_ratio": Table.of(given.blocks, closed.values.detach() * upper.values.detach()),
-        **{f"shared_{power}": shared_ratio(given.blocks, gradient, fisher, rows, power) for power in (2, 3, 4)},
+        **{f"shared_{power}": shared_ratio(given.blocks, gradient, fisher, rows, power) for power in (3, 4)},
     }  # fmt: skip
 
 

@@ -18,10 +18,11 @@ def estimate(run: Run, rows: Sequence[ledger.Row], config: dict[str, Any]) -> fl
 
     Args:
         run: The run.
-        rows: The ledger: of runs of this stage and task, those of the same method count, without any those of all.
+        rows: The ledger: of runs as long of this stage and task, those of the same method count, without any those of all.
         config: The grid; ``seconds`` has a guess for 4,000 forwards by task, ``cost`` of a method is a factor on it.
     """
-    like = [row for row in rows if row.get("wall") and (row["stage"], row["task"]) == (run.stage, run.task)]
+    kind = (run.stage, run.task, run.forwards_asked)
+    like = [row for row in rows if row.get("wall") and (row["stage"], row["task"], row["forwards_asked"]) == kind]
     same = [row["wall"] for row in like if row["method"] == run.method]
     method = config["methods"][run.method]
     if not same and "cost" not in method:
