@@ -145,5 +145,10 @@ def load(path: Path, kind: str = "blocks") -> dict[tuple[str, int], BlockStatist
     return out
 
 
+def losses(path: Path) -> dict[tuple[str, int], float]:
+    """The loss at each place of a ledger, by task and step."""
+    return {(row["task"], row["step"]): float(row["loss"]) for row in ledger.read(path)}
+
+
 if __name__ == "__main__":
     main()

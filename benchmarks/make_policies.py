@@ -7,6 +7,8 @@ Controls: ``uniform``, ``untrained`` (the published network before its training)
 
 Candidates: ``upper_ratio`` (that ratio in the upper half alone); ``shared_3``, ``shared_4``: the ratio that all tasks and places
 share (zolightning.policies.shared), to a power, from statistics without the preference for some answers (zolightning.modules.prior).
+``by_loss`` is ``upper_ratio`` while the loss is below 0.8 and, above 1.2, the squared shared ratio of the places where it was as high;
+equal scales if there was none.
 
 Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
@@ -25,12 +27,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.collect_statistics import load
+from benchmarks.collect_statistics import load, losses
 from zolightning import DenseSpace
 from zolightning.models import load_model
 from zolightning.modules.statistics import BlockStatistics, mean_statistics
-from zolightning.policies import BlockInfo, Policy, Table, controls
+from zolightning.policies import BlockInfo, LossTable, Policy, Table, controls
 from zolightning.policies.shared import shared_ratio
+
+LEVELS = (0.8, 1.2)  # nats: a model that chooses between answers is below, one that has to learn their form above
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class Sources:
         blocks: Of the model.
         whole: Statistics as the objective has them, pooled.
         free: Statistics without the preference for some answers, one of each task and place.
+        high: Those of ``free`` where the loss was above the upper of :data:`LEVELS`.
     """
 
     blocks: list[BlockInfo]
     whole: BlockStatistics
     free: list[BlockStatistics]
+    high: list[BlockStatistics]
 
 
 def pool(several: list[BlockStatistics]) -> BlockStatistics:
@@ -60,23 +66,31 @@ def pool(several: list[BlockStatistics]) -> BlockStatistics:
 def sources(statistics: Path, tasks: Sequence[str], blocks: list[BlockInfo]) -> Sources:
     """Read the statistics of some tasks."""
 
-    def of(kind: str) -> list[BlockStatistics]:
-        return [value for (task, _), value in load(statistics, kind).items() if task in tasks]
+    def of(kind: str, least: float = 0.0) -> list[BlockStatistics]:
+        at = losses(statistics)
+        return [value for place, value in load(statistics, kind).items() if place[0] in tasks and at[place] >= least]
 
-    return Sources(blocks, pool(of("blocks")), of("without_prior"))
+    return Sources(blocks, pool(of("blocks")), of("without_prior"), of("without_prior", LEVELS[1]))
 
 
 def policies(given: Sources) -> dict[str, Policy]:
     """All of them by name."""
     upper = controls.upper_half(given.blocks)
     closed = controls.closed_form(given.blocks, given.whole.by_name("gradient"), given.whole.by_name("fisher"))
-    gradient, fisher = (torch.stack([getattr(one, name) for one in given.free]) for name in ("gradient", "fisher"))
-    rows = torch.tensor([one.rows for one in given.free])
+    upper_ratio = Table.of(given.blocks, closed.values.detach() * upper.values.detach())
+    above = shared(given.blocks, given.high, 2) if given.high else Table().bind(given.blocks)
+    scales = torch.stack([upper_ratio.values.detach(), above.values.detach()], dim=1)
     return {
         "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": upper, "closed_form": closed,
-        "upper_ratio": Table.of(given.blocks, closed.values.detach() * upper.values.detach()),
-        **{f"shared_{power}": shared_ratio(given.blocks, gradient, fisher, rows, power) for power in (3, 4)},
+        "upper_ratio": upper_ratio, "by_loss": LossTable.of(given.blocks, LEVELS, scales, given.whole.fisher),
+        **{f"shared_{power}": shared(given.blocks, given.free, power) for power in (3, 4)},
     }  # fmt: skip
+
+
+def shared(blocks: list[BlockInfo], places: list[BlockStatistics], power: float) -> Table:
+    """The ratio that all these places share, to a power."""
+    gradient, fisher = (torch.stack([getattr(one, name) for one in places]) for name in ("gradient", "fisher"))
+    return shared_ratio(blocks, gradient, fisher, torch.tensor([one.rows for one in places]), power)
 
 
 def write(folder: Path, given: Sources, about: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Plan:
             source = self.source(cell)
             if missing := self.missing_searches(source):
                 wanted += missing if source == cell else []
-            elif not self.searching(source) and cell[0] in self.passed and (best := self.best_lr(source)) is not None:
+            elif not self.searching(source) and cell[0] in self.passed and (best := self.final_lr(source)) is not None:
                 wanted += [run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, best)).key not in self.done]
         return sorted(wanted, key=self._place)
 
@@ -120,6 +120,16 @@ class Plan:
         """The searched rate with the lowest bias-corrected loss (raw where there is none) on held-out training rows."""
         best = self.best_search(cell, among)
         return None if best is None else float(best["lr"])
+
+    def final_lr(self, cell: Cell) -> float | None:
+        """The rate of the final runs: the best of the search, times ``(search / final forwards) ** final.rate_exponent``.
+
+        The longer a run, the smaller the rate that is best for it: noise adds up over all steps. The exponent is 0 unless given.
+        """
+        best, exponent = self.best_lr(cell), float(self.final.get("rate_exponent", 0.0))
+        if best is None or exponent == 0:
+            return best
+        return float(f"{best * (self._budget('search', cell[0]) / self._budget('final', cell[0])) ** exponent:.3g}")
 
     def best_search(self, cell: Cell, among: list[float] | None = None) -> ledger.Row | None:
         """The row of that search; none where nothing has ended, or all have diverged."""

@@ -80,6 +80,15 @@ def test_an_end_that_wins_adds_a_point_for_all(tmp_path: Path) -> None:
     assert {lr for stage, m, t, _, lr in order if (stage, m, t) == ("final", "a", "t")} == {8.0}
 
 
+def test_longer_runs_take_smaller_rates(tmp_path: Path) -> None:
+    """By the root of the ratio of their lengths; a method whose runs are as long as its searches keeps its rate."""
+    settings = config(tmp_path, a={"build": "x"}, b={"build": "x", "forwards": 400})
+    settings["search"]["forwards"], settings["final"]["rate_exponent"] = 1000, 0.5
+    order = finish(settings, lambda run: 0.5 + valley(run))
+    assert {(cell[1], cell[4]) for cell in order if cell[0] == "final"} == {("adam", 0.25), ("a", 1.0), ("b", 2.0)}
+    assert Plan(settings).outlook() == (0, 0.0)
+
+
 def test_screening(tmp_path: Path) -> None:
     """Only the best candidate of all tasks' searches runs to the end; one that diverged is not it."""
     settings = config(tmp_path, a={"build": "x"}, **{name: {"build": "x", "candidate": True} for name in ("bad", "good", "gone")})

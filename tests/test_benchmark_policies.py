@@ -21,7 +21,7 @@ from zolightning.spaces import DenseSpace
 def row(task: str, names: list[str], factor: float) -> ledger.Row:
     """Statistics in which later blocks have more signal for their curvature."""
     blocks = {name: [factor * (i + 1), 2 * factor * (i + 1), factor * 10.0] for i, name in enumerate(names)}
-    return {"task": task, "step": 0, "rows": 8, "batch_size": 4, "blocks": blocks}
+    return {"task": task, "step": 0, "loss": 0.7, "rows": 8, "batch_size": 4, "blocks": blocks}
 
 
 @pytest.fixture
@@ -47,8 +47,26 @@ def test_policies(made: Path) -> None:
     assert torch.allclose(ratio, torch.arange(1, len(shares) + 1) / len(shares))
     assert torch.allclose(three.values.pow(4), four.values.pow(3), rtol=1e-5)  # type: ignore[operator]
     assert {path.stem for path in made.glob("*.safetensors")} == {
-        "uniform", "untrained", "upper_half", "closed_form", "upper_ratio", "shared_3", "shared_4",
+        "uniform", "untrained", "upper_half", "closed_form", "upper_ratio", "by_loss", "shared_3", "shared_4",
     }  # fmt: skip
+
+
+def test_by_loss(made: Path, tiny_folder: str, tmp_path: Path) -> None:
+    """Below: the ratio in the upper half. Above: equal scales, or what places of so high a loss share. Either with the same curvature."""
+    plain = Policy.from_pretrained(made / "by_loss.safetensors")
+    ratio = Policy.from_pretrained(made / "upper_ratio.safetensors")
+    low, high = plain.values.detach().unbind(1)  # type: ignore[operator]
+    shown = ratio.values.detach()  # type: ignore[operator]
+    assert torch.allclose(low / low.max(), shown / shown.max())
+    assert torch.allclose(high, torch.ones_like(high))
+    names = [block.name for block in plain.blocks]
+    more = row("c", names, 5.0) | {"loss": 2.0, "blocks": {name: [float(len(names) - i), 1.0, 10.0] for i, name in enumerate(names)}}
+    ledger.append(made.parent / "statistics.jsonl", more)
+    command = ["--statistics", str(made.parent / "statistics.jsonl"), "--pretrained", tiny_folder, "--tasks", "a,b,c"]
+    make_policies.main([*command, "--out", str(tmp_path / "more")])
+    high = Policy.from_pretrained(tmp_path / "more" / "by_loss.safetensors").values.detach()[:, 1]  # type: ignore[operator, index]
+    assert high[0] > high[-1]
+    assert float(high.square().mean()) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_policies_without_a_task(made: Path, tiny_folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zolightning.policies import BlockInfo, FeaturePolicy, Features, Normaliser, PertNN, Policy, Table, Uniform, controls
+from zolightning.policies import BlockInfo, FeaturePolicy, Features, LossTable, Normaliser, PertNN, Policy, Table, Uniform, controls
 from zolightning.testing import check_policy
 
 BLOCKS = [
@@ -29,7 +29,9 @@ def stirred(policy: Policy) -> Policy:
 ALL = [
     Uniform(), Table(), PertNN(), PertNN(hidden=3, seed=7, normaliser=Normaliser("published")), FeaturePolicy(), FeaturePolicy(hidden=8),
     FeaturePolicy(hidden=2, offset=False, normaliser=Normaliser("none")), stirred(Table()), stirred(PertNN()), stirred(FeaturePolicy(4)),
-    controls.upper_half(BLOCKS), controls.untrained(), controls.uniform(),
+    controls.upper_half(BLOCKS), controls.untrained(), controls.uniform(), LossTable(), LossTable([0.5]),
+    stirred(LossTable([0.3, 0.9, 2.0])),
+    LossTable.of(BLOCKS, [0.8, 1.2], torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 0.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0, 3.0, 0.0])),
 ]  # fmt: skip
 
 
@@ -200,3 +202,47 @@ def test_bad_arguments(make: Any, message: str) -> None:
 def test_two_classes_of_one_name() -> None:
     with pytest.raises(TypeError, match="there is a policy class Table already"):
         type("Table", (Uniform,), {})
+
+
+@pytest.mark.parametrize(
+    ("loss", "shares"),
+    [(0.1, [1, 0, 0]), (0.5, [1, 0, 0]), (0.75, [0.5, 0.5, 0]), (1.0, [0, 1, 0]), (1.6, [0, 0.7, 0.3]), (9.0, [0, 0, 1]), (0.0, [0, 0, 1])],
+)
+def test_loss_table(loss: float, shares: list[float]) -> None:
+    """Squares are interpolated; the nearest level counts outside, the highest where no loss is known; the curvature stays."""
+    scales = torch.tensor([[1.0, 0.0, 3.0], [0.0, 1.0, 1.0], [2.0, 2.0, 0.0], [1.0, 1.0, 1.0]])
+    curvature = torch.tensor([1.0, 5.0, 2.0, 0.5])
+    table = LossTable.of(BLOCKS, [0.5, 1.0, 3.0], scales, curvature)
+    found = table.normalise(table(Features.reference(BLOCKS, loss))).square().detach()
+    units = scales.square() / (scales.square() * curvature[:, None]).sum(0) * curvature.sum()
+    assert torch.allclose(found, units @ torch.tensor(shares, dtype=torch.float32), atol=1e-6)
+    assert float((found * curvature).sum()) == pytest.approx(float(curvature.sum()), rel=1e-6)
+
+
+def test_loss_table_learns() -> None:
+    """Gradients are finite where a scale is zero; a block that has one in no level never moves."""
+    table = LossTable.of(BLOCKS, [0.5, 1.0], torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), torch.ones(4))
+    raw = table(Features.reference(BLOCKS, 0.75))
+    raw.sum().backward()
+    assert raw[0] == 0
+    assert bool(table.values.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), r"levels=\[\] must be positive and finite, at least one"),
+        (([0.0, 1.0],), r"levels=\[0.0, 1.0\] must be positive"),
+        (([1.0, float("inf")],), "positive and finite"),
+        (([2.0, 1.0],), r"levels=\[2.0, 1.0\] must ascend"),
+        (([1.0, 1.0],), "must ascend"),
+        (([1.0], torch.ones(4, 2), torch.ones(4)), r"shapes \(4, 2\) and \(4,\) for 4 blocks and 1 levels"),
+        (([1.0], torch.ones(4, 1), torch.ones(3)), r"shapes \(4, 1\) and \(3,\)"),
+        (([1.0], -torch.ones(4, 1), torch.ones(4)), "scales must be finite and not negative"),
+        (([1.0], torch.ones(4, 1), torch.full((4,), float("nan"))), "curvature must be finite"),
+        (([1.0, 2.0], torch.tensor([[1.0, 0.0]] * 4), torch.ones(4)), r"levels \[2.0\] move nothing that has curvature"),
+    ],
+)
+def test_loss_table_refuses(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossTable(*arguments) if len(arguments) == 1 else LossTable.of(BLOCKS, *arguments)

@@ -6,6 +6,7 @@ from zolightning.policies.feature_policy import FeaturePolicy
 from zolightning.policies.features import Features
 from zolightning.policies.layout import BlockInfo, Match, match_blocks
 from zolightning.policies.library import load_policy, shipped
+from zolightning.policies.loss_table import LossTable
 from zolightning.policies.normalise import Normaliser
 from zolightning.policies.pert_nn import PertNN
 from zolightning.policies.published import import_published
@@ -17,6 +18,7 @@ __all__ = [
     "BlockInfo",
     "FeaturePolicy",
     "Features",
+    "LossTable",
     "Match",
     "Normaliser",
     "PertNN",
