@@ -7,8 +7,8 @@ Controls: ``uniform``, ``untrained`` (the published network before its training)
 
 Candidates: ``upper_ratio`` (that ratio in the upper half alone); ``shared_3``, ``shared_4``: the ratio that all tasks and places
 share (zolightning.policies.shared), to a power, from statistics without the preference for some answers (zolightning.modules.prior).
-``by_loss`` is ``upper_ratio`` while the loss is below 0.8 and, above 1.2, the squared shared ratio of the places where it was as high;
-equal scales if there was none.
+``by_loss_1``, ``by_loss_2``, ``by_loss_3`` are ``upper_ratio`` while the loss is below 0.8 and, above 1.2, the shared ratio of the places
+where it was as high, to a power; equal scales if there was none.
 
 Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
@@ -78,11 +78,15 @@ def policies(given: Sources) -> dict[str, Policy]:
     upper = controls.upper_half(given.blocks)
     closed = controls.closed_form(given.blocks, given.whole.by_name("gradient"), given.whole.by_name("fisher"))
     upper_ratio = Table.of(given.blocks, closed.values.detach() * upper.values.detach())
-    above = shared(given.blocks, given.high, 2) if given.high else Table().bind(given.blocks)
-    scales = torch.stack([upper_ratio.values.detach(), above.values.detach()], dim=1)
+
+    def by_loss(power: float) -> LossTable:
+        above = shared(given.blocks, given.high, power) if given.high else Table().bind(given.blocks)
+        scales = torch.stack([upper_ratio.values.detach(), above.values.detach()], dim=1)
+        return LossTable.of(given.blocks, LEVELS, scales, given.whole.fisher)
+
     return {
         "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": upper, "closed_form": closed,
-        "upper_ratio": upper_ratio, "by_loss": LossTable.of(given.blocks, LEVELS, scales, given.whole.fisher),
+        "upper_ratio": upper_ratio, **{f"by_loss_{power}": by_loss(power) for power in (1, 2, 3)},
         **{f"shared_{power}": shared(given.blocks, given.free, power) for power in (3, 4)},
     }  # fmt: skip
 

@@ -99,7 +99,7 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         called.append("policies")
         folder = tmp_path / "work" / "policies"
         folder.mkdir(parents=True)
-        for name in ("curvature.json", *(f"{c}.safetensors" for c in ("upper_ratio", "by_loss", "shared_3", "shared_4"))):
+        for name in ("curvature.json", *(f"{c}.safetensors" for c in ("upper_ratio", "by_loss_2", "shared_3", "shared_4"))):
             (folder / name).write_text(name)
 
     def run_all(config: dict[str, Any], workers: int, minutes: float) -> int:

@@ -47,13 +47,13 @@ def test_policies(made: Path) -> None:
     assert torch.allclose(ratio, torch.arange(1, len(shares) + 1) / len(shares))
     assert torch.allclose(three.values.pow(4), four.values.pow(3), rtol=1e-5)  # type: ignore[operator]
     assert {path.stem for path in made.glob("*.safetensors")} == {
-        "uniform", "untrained", "upper_half", "closed_form", "upper_ratio", "by_loss", "shared_3", "shared_4",
+        "uniform", "untrained", "upper_half", "closed_form", "upper_ratio", "by_loss_1", "by_loss_2", "by_loss_3", "shared_3", "shared_4",
     }  # fmt: skip
 
 
 def test_by_loss(made: Path, tiny_folder: str, tmp_path: Path) -> None:
     """Below: the ratio in the upper half. Above: equal scales, or what places of so high a loss share. Either with the same curvature."""
-    plain = Policy.from_pretrained(made / "by_loss.safetensors")
+    plain = Policy.from_pretrained(made / "by_loss_2.safetensors")
     ratio = Policy.from_pretrained(made / "upper_ratio.safetensors")
     low, high = plain.values.detach().unbind(1)  # type: ignore[operator]
     shown = ratio.values.detach()  # type: ignore[operator]
@@ -64,7 +64,7 @@ def test_by_loss(made: Path, tiny_folder: str, tmp_path: Path) -> None:
     ledger.append(made.parent / "statistics.jsonl", more)
     command = ["--statistics", str(made.parent / "statistics.jsonl"), "--pretrained", tiny_folder, "--tasks", "a,b,c"]
     make_policies.main([*command, "--out", str(tmp_path / "more")])
-    high = Policy.from_pretrained(tmp_path / "more" / "by_loss.safetensors").values.detach()[:, 1]  # type: ignore[operator, index]
+    high = Policy.from_pretrained(tmp_path / "more" / "by_loss_2.safetensors").values.detach()[:, 1]  # type: ignore[operator, index]
     assert high[0] > high[-1]
     assert float(high.square().mean()) == pytest.approx(1.0, rel=1e-5)
 
