@@ -141,13 +141,10 @@ def load(path: Path, kind: str = "blocks") -> dict[tuple[str, int], BlockStatist
     for row in ledger.read(path):
         blocks: dict[str, list[float]] = row[kind if kind in row else "blocks"]
         fields = dict(zip(_FIELDS, torch.tensor(list(blocks.values()), dtype=torch.float64).t().contiguous(), strict=True))
-        out[row["task"], row["step"]] = BlockStatistics(tuple(blocks), **fields, rows=row["rows"], batch_size=row["batch_size"])
+        out[row["task"], row["step"]] = BlockStatistics(
+            tuple(blocks), **fields, rows=row["rows"], batch_size=row["batch_size"], loss=row["loss"]
+        )
     return out
-
-
-def losses(path: Path) -> dict[tuple[str, int], float]:
-    """The loss at each place of a ledger, by task and step."""
-    return {(row["task"], row["step"]): float(row["loss"]) for row in ledger.read(path)}
 
 
 if __name__ == "__main__":

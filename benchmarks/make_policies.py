@@ -13,7 +13,7 @@ where it was as high, to a power; equal scales if there was none.
 Beside them ``curvature.json`` has every block's share of :math:`\sum_i F_i`, in which ``benchmarks.methods.policy`` measures rates.
 With ``--leave-out`` the folders ``without_TASK`` have the same from all other tasks: what a policy is worth on a task that it has not seen.
 
-For the closed forms tasks and places are averaged after each was divided by its own :math:`\sum_i F_i`.
+The rules are those of zolightning.modules.scale_rules.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.collect_statistics import load, losses
+from benchmarks.collect_statistics import load
 from zolightning import DenseSpace
 from zolightning.models import load_model
-from zolightning.modules.statistics import BlockStatistics, mean_statistics
-from zolightning.policies import BlockInfo, LossTable, Policy, Table, controls
-from zolightning.policies.shared import shared_ratio
-
-LEVELS = (0.8, 1.2)  # nats: a model that chooses between answers is below, one that has to learn their form above
+from zolightning.modules import BlockStatistics, ByLoss, Ratio, SharedRatio, UpperHalf
+from zolightning.modules.statistics import mean_statistics
+from zolightning.policies import BlockInfo, Policy, controls
 
 
 @dataclass(frozen=True)
@@ -43,58 +41,37 @@ class Sources:
 
     Args:
         blocks: Of the model.
-        whole: Statistics as the objective has them, pooled.
-        free: Statistics without the preference for some answers, one of each task and place.
-        high: Those of ``free`` where the loss was above the upper of :data:`LEVELS`.
+        whole: Statistics as the objective has them, one of each task and place.
+        free: The same without the preference for some answers.
     """
 
     blocks: list[BlockInfo]
-    whole: BlockStatistics
+    whole: list[BlockStatistics]
     free: list[BlockStatistics]
-    high: list[BlockStatistics]
 
-
-def pool(several: list[BlockStatistics]) -> BlockStatistics:
-    """Their mean, each in units of its own total curvature."""
-    scaled = []
-    for one in several:
-        unit = float(one.fisher.sum())
-        scaled.append(replace(one, gradient=one.gradient / unit, batch=one.batch / unit, fisher=one.fisher / unit))
-    return mean_statistics(scaled)
+    @property
+    def pooled(self) -> BlockStatistics:
+        """The mean of ``whole``, each place in units of its own curvature."""
+        return mean_statistics(self.whole, normalise=True)
 
 
 def sources(statistics: Path, tasks: Sequence[str], blocks: list[BlockInfo]) -> Sources:
     """Read the statistics of some tasks."""
 
-    def of(kind: str, least: float = 0.0) -> list[BlockStatistics]:
-        at = losses(statistics)
-        return [value for place, value in load(statistics, kind).items() if place[0] in tasks and at[place] >= least]
+    def of(kind: str) -> list[BlockStatistics]:
+        return [value for (task, _), value in load(statistics, kind).items() if task in tasks]
 
-    return Sources(blocks, pool(of("blocks")), of("without_prior"), of("without_prior", LEVELS[1]))
+    return Sources(blocks, of("blocks"), of("without_prior"))
 
 
 def policies(given: Sources) -> dict[str, Policy]:
     """All of them by name."""
-    upper = controls.upper_half(given.blocks)
-    closed = controls.closed_form(given.blocks, given.whole.by_name("gradient"), given.whole.by_name("fisher"))
-    upper_ratio = Table.of(given.blocks, closed.values.detach() * upper.values.detach())
-
-    def by_loss(power: float) -> LossTable:
-        above = shared(given.blocks, given.high, power) if given.high else Table().bind(given.blocks)
-        scales = torch.stack([upper_ratio.values.detach(), above.values.detach()], dim=1)
-        return LossTable.of(given.blocks, LEVELS, scales, given.whole.fisher)
-
     return {
-        "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": upper, "closed_form": closed,
-        "upper_ratio": upper_ratio, **{f"by_loss_{power}": by_loss(power) for power in (1, 2, 3)},
-        **{f"shared_{power}": shared(given.blocks, given.free, power) for power in (3, 4)},
+        "uniform": controls.uniform(), "untrained": controls.untrained(), "upper_half": controls.upper_half(given.blocks),
+        "closed_form": Ratio()(given.blocks, given.whole), "upper_ratio": UpperHalf()(given.blocks, given.whole),
+        **{f"by_loss_{power}": ByLoss(above=SharedRatio(power))(given.blocks, given.whole) for power in (1, 2, 3)},
+        **{f"shared_{power}": SharedRatio(power)(given.blocks, given.free) for power in (3, 4)},
     }  # fmt: skip
-
-
-def shared(blocks: list[BlockInfo], places: list[BlockStatistics], power: float) -> Table:
-    """The ratio that all these places share, to a power."""
-    gradient, fisher = (torch.stack([getattr(one, name) for one in places]) for name in ("gradient", "fisher"))
-    return shared_ratio(blocks, gradient, fisher, torch.tensor([one.rows for one in places]), power)
 
 
 def write(folder: Path, given: Sources, about: dict[str, Any]) -> None:
@@ -105,7 +82,7 @@ def write(folder: Path, given: Sources, about: dict[str, Any]) -> None:
         bound.base_model, bound.trained = about["base_model"], {**about["trained"], **policy.trained, "rule": name}
         bound.save_pretrained(folder / f"{name}.safetensors")
     (folder / "curvature.json").write_text(
-        json.dumps(given.whole.by_name("fisher")), encoding="utf-8"
+        json.dumps(given.pooled.by_name("fisher")), encoding="utf-8"
     )  # last: its presence says that the folder is whole
 
 
@@ -127,7 +104,7 @@ def main(options: Sequence[str] | None = None) -> None:
         given = sources(arguments.statistics, tasks, blocks)
         about = {"base_model": Path(arguments.pretrained).name, "trained": {"statistics": arguments.statistics.name, "tasks": tasks}}
         write(arguments.out / name, given, about)
-        print(f"{len(blocks)} blocks, {given.whole.rows} rows of {', '.join(tasks)}: {arguments.out / name}", flush=True)
+        print(f"{len(blocks)} blocks, {given.pooled.rows} rows of {', '.join(tasks)}: {arguments.out / name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.collect_statistics import load, losses
+from benchmarks.collect_statistics import load
 from zolightning import DenseSpace
 from zolightning.models import load_model
 from zolightning.modules.statistics import BlockStatistics
 from zolightning.policies import BlockInfo, Features, Policy, load_policy, settled
 
 
-def gain(policy: Policy, features: Features, places: Sequence[tuple[BlockStatistics, float]]) -> float:
-    """Mean logarithm of a policy's ratio of signal to noise over that of equal scales; places are statistics and the loss there."""
+def gain(policy: Policy, features: Features, places: Sequence[BlockStatistics]) -> float:
+    """Mean logarithm of a policy's ratio of signal to noise over that of equal scales."""
 
     def scales(loss: float) -> Tensor:
         typical = copy.deepcopy(features)
@@ -40,7 +40,7 @@ def gain(policy: Policy, features: Features, places: Sequence[tuple[BlockStatist
     def ratio(p: Tensor, of: BlockStatistics) -> float:
         return max(float((p * of.gradient).sum() / (p * of.fisher).sum()), -0.5 / of.rows) + 1 / of.rows
 
-    return statistics.fmean(math.log(ratio(scales(loss), of) / ratio(torch.ones_like(of.fisher), of)) for of, loss in places)
+    return statistics.fmean(math.log(ratio(scales(of.loss), of) / ratio(torch.ones_like(of.fisher), of)) for of in places)
 
 
 def main(options: Sequence[str] | None = None) -> None:
@@ -54,10 +54,10 @@ def main(options: Sequence[str] | None = None) -> None:
     features = Features(blocks)
     features.measure(block.tensor for block in space.blocks)
     found: dict[str, dict[str, float]] = {}
-    measured, at = load(arguments.statistics, "without_prior"), losses(arguments.statistics)
+    measured = load(arguments.statistics, "without_prior")
     tasks = [task for task in dict.fromkeys(task for task, _ in measured) if (arguments.policies / f"without_{task}").is_dir()]
     for task in tasks:
-        places = [(value, at[place]) for place, value in measured.items() if place[0] == task]
+        places = [value for (name, _), value in measured.items() if name == task]
         for path in sorted((arguments.policies / f"without_{task}").glob("*.safetensors")):
             found.setdefault(path.stem, {})[task] = gain(load_policy(str(path)).bind(blocks), features, places)
     print("| log gain of G/F | " + " | ".join(tasks) + " | mean |\n|---|" + "---|" * (len(tasks) + 1))

@@ -12,7 +12,6 @@ from nets import tiny
 from torch import Tensor
 
 from benchmarks import ledger, make_policies, methods, predict, shapes, step_time
-from zolightning.modules.statistics import BlockStatistics
 from zolightning.objectives import CandidateCrossEntropy
 from zolightning.policies import Policy
 from zolightning.spaces import DenseSpace
@@ -96,14 +95,6 @@ def test_rates_mean_the_same(made: Path, tiny_folder: str) -> None:
         names = [block.name for block in optimizer.space.blocks]
         cost = sum(float(s) ** 2 * shares[n] for s, n in zip(optimizer.sampler.scales(), names, strict=True))
         assert optimizer.param_groups[0]["lr"] * cost == pytest.approx(1e-3, rel=1e-5)
-
-
-def test_pool_weighs_tasks_by_their_signal() -> None:
-    one = BlockStatistics(("a", "b"), torch.tensor([1.0, 0.0]), torch.ones(2), torch.tensor([5.0, 5.0]), 4, 2)
-    large = BlockStatistics(("a", "b"), torch.tensor([0.0, 100.0]), torch.ones(2), torch.tensor([500.0, 500.0]), 4, 2)
-    pooled = make_policies.pool([one, large])
-    assert pooled.gradient.tolist() == pytest.approx([0.05, 0.05])
-    assert pooled.fisher.tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_first_order() -> None:

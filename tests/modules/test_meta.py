@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import zolightning as zl
-from zolightning.modules import BlockStatistics, MetaPoint, Verdict
+from zolightning.modules import BlockStatistics, ByLoss, LargestDecrease, MetaPoint, Ratio, SharedRatio, UpperHalf, Verdict
 from zolightning.modules.meta_objectives import _RunningMean
 from zolightning.modules.teacher import Teacher
 from zolightning.policies import FeaturePolicy, Normaliser, PertNN, Table, Uniform
@@ -191,14 +191,14 @@ def test_a_verdict_that_is_not_finite_teaches_nothing(tiny_folder: str, tmp_path
     assert set(module.policy.values.tolist()) == {1.0}
 
 
-@pytest.mark.parametrize("rule", ["ratio", "decrease"])
+@pytest.mark.parametrize("rule", [None, LargestDecrease()], ids=["ratio", "decrease"])
 def test_the_table_follows_from_the_statistics(rule: Any, tiny_folder: str, tmp_path: Path) -> None:
     objective = zl.ClosedForm(rule, warm_up=1)
     module = meta_module(tiny_folder, meta_objective=objective)
     make_trainer(tmp_path, 3).fit(module, films(tmp_path))
     (found,) = objective.statistics()
     ratio = (found.gradient.clamp_min(0) / found.fisher.clamp_min(1e-300)).sqrt()
-    expected = ratio if rule == "ratio" else found.decrease_scales(0.1)
+    expected = ratio if rule is None else found.decrease_scales(0.1)
     values = module.policy.values.detach().double()
     torch.testing.assert_close(values / values.max(), expected / expected.max(), rtol=1e-4, atol=1e-6)
 
@@ -217,7 +217,7 @@ def test_memory_of_the_running_means() -> None:
 
 def test_too_few_steps_for_a_table(tiny_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_trainer(tmp_path, 2).fit(meta_module(tiny_folder, meta_objective=zl.ClosedForm()), films(tmp_path))
-    assert "the table is still uniform: no task has 8 steps" in caplog.text
+    assert "the scales are still equal: no task has 8 steps" in caplog.text
 
 
 class TestRefusals:
@@ -228,16 +228,23 @@ class TestRefusals:
             (lambda: meta_module("x", refit_biases_every=-1), "refit_biases_every=-1"),
             (lambda: meta_module("x", refresh_every=0), "refresh_every=0"),
             (lambda: meta_module("x", objective=zl.Reward("accuracy", "choose")), "a reward has no gradient"),
-            (lambda: meta_module("x", policy=PertNN(), meta_objective=zl.ClosedForm()), "a closed form makes a table, not a PertNN"),
+            (
+                lambda: meta_module("x", policy=PertNN(), meta_objective=zl.ClosedForm()),
+                "this closed form makes a Table of its own: leave policy=PertNN out",
+            ),
             (lambda: zl.AfterStep(lr=0.0), "lr=0.0 of the meta-objective"),
             (lambda: zl.AfterStep(eps=float("inf")), "eps=inf of the meta-objective"),
             (lambda: zl.ExpectedDecrease(lr=-1.0), "lr=-1.0 of the meta-objective"),
             (lambda: zl.ExpectedDecrease(alignment=2.0), "alignment=2.0"),
             (lambda: zl.ExpectedDecrease(memory=0.0), "memory=0.0"),
             (lambda: zl.ExpectedDecrease(warm_up=0), "warm_up=0"),
-            (lambda: zl.ClosedForm(rule="both"), "rule='both'"),  # type: ignore[arg-type]
-            (lambda: zl.ClosedForm(rule="decrease", alignment=0.0), "alignment=0"),
-            (lambda: zl.ClosedForm(damping=-1.0), "damping=-1.0"),
+            (lambda: LargestDecrease(alignment=0.0), "alignment=0.0 must be above 0 and at most 1"),
+            (lambda: Ratio(damping=-1.0), "damping=-1.0"),
+            (lambda: SharedRatio(power=-1.0), "power=-1.0 must be finite and at least 0"),
+            (lambda: SharedRatio(width=0.0), "width=0.0 must be finite and at least 1e-06"),
+            (lambda: UpperHalf(ByLoss()), "ByLoss makes a LossTable, where a rule that makes a table is needed"),
+            (lambda: ByLoss(levels=(1.0,)), "levels=.1.0. must be two"),  # type: ignore[arg-type]
+            (lambda: ByLoss(levels=(2.0, 1.0)), "must ascend"),
             (lambda: zl.OneCopySGD(lr=-1.0), "lr=-1.0 of the teacher"),
             (lambda: zl.OneCopySGD(clip=0.0), "clip=0.0"),
             (lambda: zl.OneCopySGD(reset_every=0), "reset_every=0"),

@@ -111,7 +111,7 @@ def test_curvature_traces() -> None:
 
 def statistics(gradient: list[float], batch: list[float], fisher: list[float]) -> BlockStatistics:
     names = tuple(f"b{i}" for i in range(len(gradient)))
-    return BlockStatistics(names, *(torch.tensor(x, dtype=torch.float64) for x in (gradient, batch, fisher)), 64, 8)
+    return BlockStatistics(names, *(torch.tensor(x, dtype=torch.float64) for x in (gradient, batch, fisher)), 64, 8, 0.7)
 
 
 class TestClosedForms:
@@ -154,7 +154,7 @@ class TestSeveral:
         scaled = statistics([300.0, 100.0], [400.0, 200.0], [500.0, 600.0])
         a, b = mean_statistics([one, other], normalise=True), mean_statistics([one, scaled], normalise=True)
         assert a.decrease_scales().tolist() == pytest.approx(b.decrease_scales().tolist())
-        assert a.gradient.tolist() == [0.5, 0.5]
+        assert a.gradient.tolist() == pytest.approx([(1 / 10 + 3 / 11) / 2, (3 / 10 + 1 / 11) / 2])
         assert mean_statistics([one, other]).gradient.tolist() == [2.0, 2.0]
 
     def test_only_of_the_same_blocks(self) -> None:

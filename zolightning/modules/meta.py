@@ -18,7 +18,7 @@ from zolightning.modules.gradients import verify_shift
 from zolightning.modules.meta_objectives import AfterStep, ClosedForm, MetaObjective, MetaPoint, Verdict
 from zolightning.modules.teacher import MomentumSGD, Teacher
 from zolightning.objectives import CandidateCrossEntropy, Objective, Reward
-from zolightning.policies import BlockInfo, PertNN, Policy, Table
+from zolightning.policies import BlockInfo, PertNN, Policy
 from zolightning.samplers import GaussianSampler, PolicySampler, Sampler
 from zolightning.samplers.base import Direction
 from zolightning.spaces import DenseSpace, Space
@@ -48,7 +48,7 @@ class PolicyMetaTrainModule(ZOModule):
     Args:
         pretrained: Hub id or folder of the base model; demo: the small model that comes with the package.
         dtype: Type in which the weights are stored and computed with; ``Trainer.precision`` stays 32-true.
-        policy: What is learnt; without it: a small network per block (PertNN), or a table where the objective is a closed form.
+        policy: What is learnt; without it: a small network per block (PertNN), or what the rule makes where the objective is a closed form.
         meta_objective: Judges the scales; without it: the published one, the loss after one zeroth-order step.
         teacher: Moves the weights between two verdicts; without it: the published one, gradient descent with momentum.
         optimizer: Optimizer of the policy, a torch.optim class; called with its parameters.
@@ -102,10 +102,10 @@ class PolicyMetaTrainModule(ZOModule):
             raise ValueError(f"refit_biases_every={refit_biases_every} must not be negative")
         self.meta_objective = meta_objective if meta_objective is not None else AfterStep()
         self.teacher = teacher if teacher is not None else MomentumSGD()
-        solved = isinstance(self.meta_objective, ClosedForm)
-        self._unbound = policy if policy is not None else Table() if solved else PertNN()
-        if solved and not isinstance(self._unbound, Table):
-            raise ValueError(f"a closed form makes a table, not a {type(self._unbound).__name__}: leave policy out")
+        blank = self.meta_objective.rule.blank() if isinstance(self.meta_objective, ClosedForm) else None
+        if blank is not None and policy is not None:
+            raise ValueError(f"this closed form makes a {type(blank).__name__} of its own: leave policy={type(policy).__name__} out")
+        self._unbound = policy if policy is not None else blank if blank is not None else PertNN()
         self._noise = sampler if sampler is not None else GaussianSampler()
         PolicySampler(self._unbound, self._noise, refresh_every)  # refuses what does not fit
         self.make_optimizer, self.seed, self.refresh_every = optimizer, seed, refresh_every
@@ -189,9 +189,9 @@ class PolicyMetaTrainModule(ZOModule):
         optimizer = cast(Any, self.optimizers())
         optimizer.zero_grad()
         if isinstance(self.meta_objective, ClosedForm):
-            table = self.meta_objective.solve(self.policy.blocks)
-            if table is not None:
-                self.policy.load_state_dict(table.state_dict())
+            solved = self.meta_objective.solve(self.policy.blocks)
+            if solved is not None:
+                self.policy.load_state_dict(solved.state_dict())
         else:
             usable = torch.isfinite(verdict.gradient).all()
             scales.backward(torch.where(usable, verdict.gradient, 0.0).to(scales))
@@ -264,7 +264,7 @@ class PolicyMetaTrainModule(ZOModule):
         objective, teacher = type(self.meta_objective).__name__, type(self.teacher).__name__
         tasks = [type(task).__name__ for source in self.sources if (task := getattr(source, "task", None)) is not None]
         if isinstance(self.meta_objective, ClosedForm) and self.meta_objective.solve(self.policy.blocks) is None:
-            log.warning("the table is still uniform: no task has %d steps and a signal above its noise", self.meta_objective.warm_up)
+            log.warning("the scales are still equal: %s", self.meta_objective.reason)
         self.policy.trained = {"steps": self.steps, "objective": objective, "teacher": teacher, "tasks": tasks, "seed": self.seed}
         path = self.policy.save_pretrained(folder / "policy.safetensors")
         arguments: dict[str, Any] = {"policy": str(path), "refresh_every": self.refresh_every}

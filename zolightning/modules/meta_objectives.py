@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ from torch import Tensor
 from zolightning.modules.gradients import backward
 from zolightning.modules.per_row import RowNorms
 from zolightning.modules.readers import InnerProducts
+from zolightning.modules.scale_rules import Ratio, ScaleRule
 from zolightning.modules.shift import Shift
-from zolightning.modules.statistics import BlockStatistics, collect_statistics, expected_decrease, mean_statistics
+from zolightning.modules.statistics import BlockStatistics, collect_statistics, expected_decrease
 from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch
 from zolightning.optim.precision import exact_float32
-from zolightning.policies import BlockInfo, Table
-from zolightning.policies.controls import closed_form
+from zolightning.policies import BlockInfo, Policy
 from zolightning.samplers.base import Direction, Sampler
 from zolightning.spaces import Space
 
@@ -182,14 +183,14 @@ class ExpectedDecrease(MetaObjective):
         if warm_up < 1 or together < 1:
             raise ValueError(f"warm_up={warm_up} and together={together} must be at least 1")
         self.lr, self.alignment, self.memory, self.warm_up, self.together = lr, alignment, memory, warm_up, together
-        self._means: dict[int, _RunningMean] = {}
+        self._means: dict[tuple[int, int], _RunningMean] = {}  # by task and level of the loss
         self._row_norms: RowNorms | None = None
 
     def __call__(self, point: MetaPoint, scales: Tensor) -> Verdict:
         if self._row_norms is None:
             self._row_norms = RowNorms(point.space, self.together, point.checkpoint)
         found = collect_statistics(point.space, point.objective, [point.batch], False, point.checkpoint, self._row_norms)
-        self._means.setdefault(point.task, _RunningMean()).add(found, self.memory)
+        self._means.setdefault((point.task, self._level(found.loss)), _RunningMean()).add(found, self.memory)
         ready = [mean.value() for mean in self._means.values() if mean.steps >= self.warm_up]
         scales = scales.detach().requires_grad_()
         with torch.enable_grad():
@@ -200,6 +201,10 @@ class ExpectedDecrease(MetaObjective):
         (gradient,) = torch.autograd.grad(loss, scales)
         return Verdict(loss.detach(), gradient)
 
+    def _level(self, loss: float) -> int:
+        """With which of the task's statistics a batch of this loss belongs."""
+        return 0
+
     def _loss(self, scales: Tensor, statistics: BlockStatistics) -> Tensor | None:
         """The loss of one task; none while its noise hides the signal."""
         decrease = expected_decrease(scales, statistics, self.lr, self.alignment)
@@ -209,13 +214,14 @@ class ExpectedDecrease(MetaObjective):
         return -decrease.log() if float(decrease.detach()) > 0 else None
 
     def statistics(self) -> Sequence[BlockStatistics]:
-        return [self._means[task].value() for task in sorted(self._means)]
+        return [self._means[place].value() for place in sorted(self._means)]
 
     def state(self) -> dict[str, Any]:
-        return {str(task): mean.state() for task, mean in self._means.items()}
+        return {f"{task}/{level}": mean.state() for (task, level), mean in self._means.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._means = {int(task): _RunningMean(**mean) for task, mean in state.items()}
+        places = {name: tuple(map(int, name.split("/"))) for name in state}
+        self._means = {(task, level): _RunningMean(**state[name]) for name, (task, level) in places.items()}
 
 
 @dataclass
@@ -226,6 +232,7 @@ class _RunningMean:
     weight: float = 0.0
     rows: int = 0
     batch_size: int = 0
+    loss: float = 0.0
     names: list[str] = field(default_factory=list)
     gradient: Tensor = field(default_factory=lambda: torch.zeros(()))
     batch: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -236,59 +243,48 @@ class _RunningMean:
         for name in ("gradient", "batch", "fisher"):
             new, old = getattr(found, name), getattr(self, name)
             setattr(self, name, old + (new - old) / self.weight)
+        self.loss += (found.loss - self.loss) / self.weight
         self.steps, self.rows = self.steps + 1, self.rows + found.rows
         self.names, self.batch_size = list(found.names), found.batch_size
 
     def value(self) -> BlockStatistics:
-        return BlockStatistics(tuple(self.names), self.gradient, self.batch, self.fisher, self.rows, self.batch_size)
+        return BlockStatistics(tuple(self.names), self.gradient, self.batch, self.fisher, self.rows, self.batch_size, self.loss)
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
 class ClosedForm(ExpectedDecrease):
-    """The same measurements; in place of training, the policy is a table that follows from them.
+    """The same measurements; in place of training, the policy follows from them.
 
     Args:
-        rule: ratio: ``sigma_i**2`` proportional to ``G_i / F_i``. decrease: the scales with the largest expected decrease, where blocks
-            of little signal get zero.
-        damping: In the ratio, how much of an average block of its size is added to every ``F_i``.
-        alignment: How far the curvature lies along the gradient, from 0 to 1; above 0 for the largest decrease.
-        warm_up: Steps of a task before its statistics count.
+        rule: Makes scales of the statistics; without it: the ratio of signal to curvature.
+        warm_up: Steps of a place (a task, at a level of its loss where the rule asks for that) before its statistics count.
         together: Rows per backward when their own gradients are measured; 1: one by one, the least memory.
 
     Raises:
         ValueError: An argument is out of range.
     """
 
-    def __init__(
-        self,
-        rule: Literal["ratio", "decrease"] = "ratio",
-        damping: float = 0.0,
-        alignment: float = 0.1,
-        warm_up: int = 8,
-        together: int = 8,
-    ) -> None:
-        super().__init__(None, alignment, 1.0, warm_up, together)
-        if rule not in ("ratio", "decrease"):
-            raise ValueError(f"rule={rule!r} must be 'ratio' or 'decrease'")
-        if rule == "decrease" and alignment == 0:
-            raise ValueError("alignment=0: the largest decrease would be infinitely sharp; choose it above 0")
-        if not damping >= 0:
-            raise ValueError(f"damping={damping} must not be negative")
-        self.rule, self.damping = rule, damping
+    def __init__(self, rule: ScaleRule | None = None, warm_up: int = 8, together: int = 8) -> None:
+        super().__init__(warm_up=warm_up, together=together)
+        self.rule = rule if rule is not None else Ratio()
+        #: Why there are no scales yet.
+        self.reason = ""
 
-    def solve(self, blocks: Sequence[BlockInfo]) -> Table | None:
-        """The table by all tasks' statistics so far; none while they show no signal.
+    def _level(self, loss: float) -> int:
+        return bisect.bisect(self.rule.levels, loss)
+
+    def solve(self, blocks: Sequence[BlockInfo]) -> Policy | None:
+        """The policy by all places' statistics so far; none while they show no signal.
 
         Args:
             blocks: What it is for.
         """
         ready = [mean.value() for mean in self._means.values() if mean.steps >= self.warm_up]
-        ready = [statistics for statistics in ready if float(statistics.gradient.max()) > 0]
-        if not ready:
+        self.reason = "" if ready else f"no task has {self.warm_up} steps"
+        try:
+            return self.rule(blocks, ready) if ready else None
+        except ValueError as error:  # no signal above the noise, so far
+            self.reason = str(error)
             return None
-        mean = mean_statistics(ready, normalise=True)
-        if self.rule == "decrease":
-            return Table.of(blocks, mean.decrease_scales(self.alignment).float())
-        return closed_form(blocks, mean.by_name("gradient"), mean.by_name("fisher"), self.damping)

@@ -22,6 +22,7 @@ estimate from pairs within each batch; it costs nothing and is noisier by the ro
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ class BlockStatistics:
         fisher: ``F``: shape ``[blocks]``.
         rows: Rows that were seen.
         batch_size: Rows a batch.
+        loss: Mean loss of the rows; NaN if it is not known.
 
     Example:
         >>> statistics = collect_statistics(space, objective, batches)
@@ -64,6 +66,7 @@ class BlockStatistics:
     fisher: Tensor
     rows: int
     batch_size: int
+    loss: float = math.nan
 
     def by_name(self, field: str) -> dict[str, float]:
         """One of the statistics by name of the block, as :func:`zolightning.policies.controls.closed_form` takes it.
@@ -118,7 +121,7 @@ class BlockStatistics:
         """Write to one safetensors file."""
         from safetensors.torch import save_file
 
-        about = {"names": json.dumps(self.names), "rows": str(self.rows), "batch_size": str(self.batch_size)}
+        about = {"names": json.dumps(self.names), "rows": str(self.rows), "batch_size": str(self.batch_size), "loss": str(self.loss)}
         save_file({name: getattr(self, name).cpu().clone() for name in _FIELDS}, str(path), metadata=about)
         return Path(path)
 
@@ -135,7 +138,8 @@ class BlockStatistics:
             with safe_open(str(path), "pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in _FIELDS}
-            return cls(tuple(json.loads(about["names"])), **tensors, rows=int(about["rows"]), batch_size=int(about["batch_size"]))
+            rows, batch_size, loss = int(about["rows"]), int(about["batch_size"]), float(about.get("loss", "nan"))
+            return cls(tuple(json.loads(about["names"])), **tensors, rows=rows, batch_size=batch_size, loss=loss)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"statistics {str(path)!r} cannot be read: {error}") from error
 
@@ -145,20 +149,22 @@ def mean_statistics(several: Sequence[BlockStatistics], normalise: bool = False)
 
     Args:
         several: Of the same blocks.
-        normalise: Divide each by the sum of its ``G`` first, so that no task counts more because its loss is larger.
+        normalise: Divide each by the sum of its ``F`` first, so that no task counts more because its loss is larger.
 
     Raises:
         ValueError: There are none, or their blocks differ.
     """
     if not several or any(s.names != several[0].names for s in several):
         raise ValueError(f"cannot average {len(several)} statistics" + (" of different blocks" if several else ""))
-    units = [float(s._signal().sum()) if normalise else 1.0 for s in several]
+    units = [float(s.fisher.sum()) if normalise else 1.0 for s in several]
+    if not all(unit > 0 for unit in units):
+        raise ValueError("statistics without curvature: all gradients are zero")
 
     def mean(name: str) -> Tensor:
         return torch.stack([getattr(s, name).double() / unit for s, unit in zip(several, units, strict=True)]).mean(0)
 
-    rows = sum(s.rows for s in several)
-    return replace(several[0], gradient=mean("gradient"), batch=mean("batch"), fisher=mean("fisher"), rows=rows)
+    rows, loss = sum(s.rows for s in several), math.fsum(s.loss for s in several) / len(several)
+    return replace(several[0], gradient=mean("gradient"), batch=mean("batch"), fisher=mean("fisher"), rows=rows, loss=loss)
 
 
 def expected_decrease(scales: Tensor, statistics: BlockStatistics, lr: float | None = None, alignment: float = 0.1) -> Tensor:
@@ -216,7 +222,7 @@ def collect_statistics(
     norms_of = row_norms_of if row_norms_of is not None else RowNorms(space, checkpoint=checkpoint)
     total = Sum(space, None if hold is True else hold) if hold is not False else None
     own = torch.zeros(len(space.blocks), dtype=torch.float64, device=space.device)
-    squares, means, within, rows, pairs, count = own.clone(), own.clone(), own.clone(), 0, 0, 0
+    squares, means, within, rows, pairs, count, losses = own.clone(), own.clone(), own.clone(), 0, 0, 0, 0.0
     for batch in batches:
         examples = size(batch)
         if examples < 2:
@@ -225,17 +231,17 @@ def collect_statistics(
         readers = [norms] if total is None else [norms, total]
         if total is not None:
             total.weight = float(examples)
-        backward(space, lambda: _loss(objective, space, batch, weights), *readers, checkpoint=checkpoint)  # noqa: B023
+        loss = backward(space, lambda: _loss(objective, space, batch, weights), *readers, checkpoint=checkpoint)  # noqa: B023
         of_rows = norms_of(objective, batch, examples / float(weights[0])).double()
         squares += of_rows
         means += norms.values.double()
         within += examples**2 * norms.values.double() - of_rows
-        rows, pairs, count = rows + examples, pairs + examples * (examples - 1), count + 1
+        rows, pairs, count, losses = rows + examples, pairs + examples * (examples - 1), count + 1, losses + examples * float(loss)
     if not count:
         raise ValueError("no batch to collect statistics from")
     gradient = within / pairs if total is None else (total.squared_norms().to(squares) - squares) / (rows * (rows - 1))
     names = tuple(block.name for block in space.blocks)
-    return BlockStatistics(names, gradient.cpu(), (means / count).cpu(), (squares / rows).cpu(), rows, rows // count)
+    return BlockStatistics(names, gradient.cpu(), (means / count).cpu(), (squares / rows).cpu(), rows, rows // count, losses / rows)
 
 
 def _loss(objective: Objective, space: Space, batch: Batch, weights: list[Tensor]) -> Tensor:

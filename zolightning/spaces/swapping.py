@@ -249,7 +249,7 @@ class SwapSpace(Space):
         self._watch = ProbeWatch(self.model, self.blocks)
         try:
             with self._watch as watch, self.probe(direction, eps, hold):
-                report.loss = float(evaluate())
+                report.loss = float(evaluate().detach())
         finally:
             self._watch = None
         if watch.dropout:
