@@ -84,7 +84,7 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     def beside(pipeline: Any, work: dict[str, list[str]]) -> None:
         """What processes would write."""
-        blocks = {"rows": 2, "batch_size": 1, "blocks": {"b": [1, 1, 1]}}
+        blocks = {"rows": 2, "batch_size": 1, "loss": 0.7, "blocks": {"b": [1, 1, 1]}}
         for name, (module, *options) in work.items():
             called.append(name)
             if name == "published":
