@@ -4,8 +4,8 @@
 
 It does what is not done yet, in this order, and leaves before the time is up:
 
-1. ``statistics.jsonl``: statistics of the blocks on the design tasks (benchmarks.collect_statistics), and beside it
-   ``published.safetensors``: a run of configs/meta/published.yaml.
+1. ``statistics.jsonl``: statistics of the blocks on the design tasks (benchmarks.collect_statistics). Beside this and the next stage
+   ``published.safetensors``, a run of configs/meta/published.yaml with products in TF32; stage 4 waits for it.
 2. ``policy_design.jsonl``: headroom, controls and candidates on the design tasks, each policy made without the task.
 3. ``chosen.json``, ``ours.safetensors``: the choice (benchmarks.choose). Here it stops until called with ``--frozen``: commit first.
 4. ``policy_rest.jsonl``: the other tasks.
@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Pipeline:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.start = options, time.monotonic()
         self.state, self.policies = Path(options.state), Path(options.work) / "policies"
+        self.recipe_folder = Path(options.work) / "meta_published"
+        self.recipe: subprocess.Popen[bytes] | None = None
         self.state.mkdir(parents=True, exist_ok=True)
         os.environ |= {"SMOLLM2": str(options.pretrained), "DATA": str(options.data), "POLICIES": str(self.policies)}
 
@@ -60,7 +62,7 @@ class Pipeline:
         return float(self.options.minutes) - (time.monotonic() - self.start) / 60
 
     def measured(self) -> bool:
-        """Statistics of all tasks, each in a process of its own, and beside them the published recipe; whether the statistics are there."""
+        """Statistics of all tasks, each in a process of its own; whether all are there."""
         o, work = self.options, {}
         for task in o.tasks.split(","):
             if self._places(task) < o.points:
@@ -69,27 +71,39 @@ class Pipeline:
                     f"--batches={o.batches}", f"--points={o.points}", f"--trajectory={o.trajectory}", f"--output={self.state}",
                     f"--minutes={self.left}",
                 ]  # fmt: skip
-        path, folder = self.state / "published.safetensors", Path(o.work) / "meta_published"
-        if not path.exists() and self.left >= PUBLISHED_MINUTES:
-            rows = collect_statistics.train_file(Path(o.data), "copa")
-            work["published"] = [
-                "zolightning", "fit", f"--config={ROOT / 'configs' / 'meta' / 'published.yaml'}", f"--model.pretrained={o.pretrained}",
-                f"--data.train_file={rows}", f"--data.validation_file={rows}", f"--trainer.default_root_dir={folder}",
-                "--trainer.enable_progress_bar=false", *o.published,
-            ]  # fmt: skip
         if work:
             print("measured beside one another:", *work, flush=True)
             self._beside(work)
-        if not path.exists() and (folder / "policy.safetensors").exists():
-            shutil.copy(folder / "policy.safetensors", path)
         return all(self._places(task) == o.points for task in o.tasks.split(","))
 
+    def start_published(self) -> None:
+        """Begin the published recipe, on the last GPU; nothing before the other tasks waits for it."""
+        o, gpus = self.options, max(torch.cuda.device_count(), 1)
+        if (self.state / "published.safetensors").exists() or self.left < PUBLISHED_MINUTES:
+            return
+        rows = collect_statistics.train_file(Path(o.data), "copa")
+        options = [
+            "fit", f"--config={ROOT / 'configs' / 'meta' / 'published.yaml'}", f"--model.pretrained={o.pretrained}",
+            f"--data.train_file={rows}", f"--data.validation_file={rows}", f"--trainer.default_root_dir={self.recipe_folder}",
+            "--trainer.enable_progress_bar=false", *o.published,
+        ]  # fmt: skip
+        self.recipe = self._process(gpus - 1, "zolightning", options, {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"})
+
     def published(self) -> bool:
-        """Whether the published recipe has ended: the other tasks need it, the choice does not."""
-        there = (self.state / "published.safetensors").exists()
-        if not there:
+        """Wait for the published recipe, as far as the time goes; whether it is there."""
+        path, made = self.state / "published.safetensors", self.recipe_folder / "policy.safetensors"
+        if self.recipe is not None:
+            while self.recipe.poll() is None and self.left > 0:
+                time.sleep(0.2)
+            if status := self.recipe.poll():
+                raise SystemExit(f"the published recipe failed with status {status}")
+            if status == 0:
+                self.recipe = None
+                for folder in (self.state, self.policies):
+                    shutil.copy(made, folder / path.name)
+        if not path.exists():
             print("published.safetensors is missing: the published recipe needs more time", flush=True)
-        return there
+        return path.exists()
 
     def _places(self, task: str) -> int:
         """Places at which a task was measured."""
@@ -99,8 +113,7 @@ class Pipeline:
         """Run modules as processes, spread over the GPUs, until all have ended or the time is up."""
         gpus, running = max(torch.cuda.device_count(), 1), {}
         for number, (name, (module, *options)) in enumerate(work.items()):
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu_name(number % gpus)}
-            running[name] = subprocess.Popen([sys.executable, "-m", module, *options], env=environment)
+            running[name] = self._process(number % gpus, module, options)
         try:
             while running and self.left > 0:
                 for name in [name for name, process in running.items() if process.poll() is not None]:
@@ -113,6 +126,12 @@ class Pipeline:
             for process in running.values():
                 process.kill()
                 process.wait()
+
+    @staticmethod
+    def _process(gpu: int, module: str, options: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """A module as a process that sees one GPU."""
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu_name(gpu), **(more or {})}
+        return subprocess.Popen([sys.executable, "-m", module, *options], env=environment)
 
     def make(self) -> bool:
         """All policies of the grids, in the work folder."""
@@ -159,6 +178,7 @@ class Pipeline:
 
     def stages(self) -> bool:
         """All in order, up to the first that is not done."""
+        self.start_published()
         return (
             self.measured() and self.make() and self.run("policy_design") and self.choose()
             and self.published() and self.run("policy_rest") and self.derived() and self.run("policy_reuse") and self.run("policy_seen")
@@ -182,7 +202,14 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--published", nargs="*", action="extend", default=[], help="more options of the published recipe's run")
     parser.add_argument("--derive", nargs="*", action="extend", default=[], help="more options of benchmarks.derive")
     pipeline = Pipeline(parser.parse_args(options))
-    print("all is done" if pipeline.stages() else f"to be continued; {pipeline.left:.1f} min were left", flush=True)
+    try:
+        done = pipeline.stages()
+        pipeline.published()  # what has begun is not thrown away while there is time
+    finally:
+        if pipeline.recipe is not None:
+            pipeline.recipe.kill()
+            pipeline.recipe.wait()
+    print("all is done" if done else f"to be continued; {pipeline.left:.1f} min were left", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,15 +85,18 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def beside(pipeline: Any, work: dict[str, list[str]]) -> None:
         """What processes would write."""
         blocks = {"rows": 2, "batch_size": 1, "loss": 0.7, "blocks": {"b": [1, 1, 1]}}
-        for name, (module, *options) in work.items():
+        for name, (_, *options) in work.items():
             called.append(name)
-            if name == "published":
-                assert module == "zolightning"
-                (tmp_path / "work" / "meta_published").mkdir(parents=True)
-                (tmp_path / "work" / "meta_published" / "policy.safetensors").write_text("p")
-                continue
             assert f"--tasks={name}" in options
             ledger.append(state / "statistics.jsonl", *({"task": name, "step": step, **blocks} for step in range(3)))
+
+    def process(gpu: int, module: str, options: list[str], more: dict[str, str]) -> Any:
+        """The published recipe, which ends at once."""
+        assert (gpu, module, more) == (0, "zolightning", {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"})
+        called.append("published")
+        (tmp_path / "work" / "meta_published").mkdir(parents=True)
+        (tmp_path / "work" / "meta_published" / "policy.safetensors").write_text("p")
+        return SimpleNamespace(poll=lambda: 0, kill=lambda: None, wait=lambda: None)
 
     def policies(options: list[str]) -> None:
         called.append("policies")
@@ -116,6 +119,7 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (tmp_path / "work" / "derived" / "digest.txt").write_text("0123abcd")
 
     monkeypatch.setattr(policy_pipeline.Pipeline, "_beside", beside)
+    monkeypatch.setattr(policy_pipeline.Pipeline, "_process", staticmethod(process))
     monkeypatch.setattr(policy_pipeline.make_policies, "main", policies)
     monkeypatch.setattr(policy_pipeline.grid, "run_all", run_all)
     monkeypatch.setattr(policy_pipeline.derive, "main", derived)
@@ -132,6 +136,7 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "published.safetensors is missing" in capsys.readouterr().out
     policy_pipeline.main(options)
     assert called == ["published"]
+    assert (state / "published.safetensors").read_text() == (tmp_path / "work" / "policies" / "published.safetensors").read_text() == "p"
     assert "commit them" in capsys.readouterr().out
     called.clear()
     policy_pipeline.main([*options, "--frozen"])
