@@ -405,6 +405,24 @@ def state_bits_of(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def test_settings_of_steps_that_were_cut_off_do_not_stay(tmp_path: Path) -> None:
+    """Resumed at one step with another seed, and then at the same step with the first seed again."""
+    path, _ = journal_of(tmp_path, 8)
+    for seed in (7, (1 << 63) + 5):
+        optimizer = ZOOptimizer(DenseSpace(Net(torch.float32).eval()), GaussianSampler(), TwoPoint(2), lr=0.02, eps=0.1, seed=seed,
+                                rule=SGD(weight_decay=0.01))  # fmt: skip
+        zl.replay(path, optimizer.space.model, until_step=8)
+        optimizer.param_groups[0].update(step=8, forwards=32)
+        recorder = Recorder(path, optimizer, "net", earlier=read(path), keep=8)
+        run(optimizer, recorder, 8, 12)
+        recorder.drain()
+        recorder.close()
+        assert [entry.settings.seed for entry in read(path).entries] == [(1 << 63) + 5] * 8 + [seed] * 4
+        model = Net(torch.float32).eval()
+        zl.replay(path, model)
+        assert state_bits(model) == state_bits(optimizer.space.model)
+
+
 def test_an_earlier_journal_is_set_aside(tmp_path: Path) -> None:
     path, _ = journal_of(tmp_path, 4)
     old = path.read_bytes()

@@ -90,6 +90,8 @@ class ZOTrainer(Trainer):
         until_step: int | None = None,
         verify: str | None = None,
         output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Rebuild the trained weights from the base model and the journal of a run, bit for bit.
 
@@ -100,6 +102,8 @@ class ZOTrainer(Trainer):
             until_step: Steps after which to stop; without it: all that the journal has.
             verify: Checkpoint whose weights must be those of the journal at its step.
             output: Folder to write the model to, as an ordinary Hugging Face folder.
+            ckpt_path: Not used: a journal needs no checkpoint. The config.yaml of a run may name one.
+            weights_only: Not used.
         """
         model.to(self.strategy.root_device)
         path = Path(journal) if journal is not None else Path(self.default_root_dir) / FILE_NAME
@@ -184,6 +188,8 @@ class ZOCLI(LightningCLI):
             (folder / ".write").unlink(missing_ok=True)  # several processes may do this
         except OSError as error:
             raise ValueError(f"cannot write to trainer.default_root_dir={str(folder)!r}: {error.strerror}") from error
+        if self.subcommand == "replay":
+            config.ckpt_path = None
         if config.get("ckpt_path") == "last":
             last = folder / "checkpoints" / "last.ckpt"
             config.ckpt_path = str(last) if last.exists() else None
@@ -230,7 +236,7 @@ class ZOCLI(LightningCLI):
         trainer = self.trainer
         report = next(callback for callback in trainer.callbacks if isinstance(callback, RunReport))  # type: ignore[attr-defined]
         if not report.started:
-            rank_zero_only(print)(f"nothing to do: the checkpoint is at step {trainer.global_step}, trainer.max_steps={trainer.max_steps}")
+            rank_zero_only(print)(f"nothing to do: the run is at step {trainer.global_step}, trainer.max_steps={trainer.max_steps}")
 
     def after_validate(self) -> None:
         """Print the figures."""

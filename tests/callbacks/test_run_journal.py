@@ -7,17 +7,18 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from nets import state_bits
+from nets import Net, net_closure, state_bits
 from runs import film_data, make_module, make_trainer
 
 import zolightning as zl
 from zolightning.callbacks import Divergence, RunCheckpoint, RunJournal
-from zolightning.journal import read
+from zolightning.journal import Back, Recorder, read
 from zolightning.policies import PertNN
 
 Bits = dict[str, bytes]
@@ -304,3 +305,31 @@ class TestDivergence:
     def test_arguments(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             Divergence(**options)
+
+
+@pytest.mark.parametrize("now", [{"sampler": zl.RademacherSampler()}, {"rule": zl.SGD(weight_decay=0.5)}], ids=["noise", "rule"])
+def test_a_return_moves_by_the_settings_of_each_step(now: dict[str, Any], tmp_path: Path) -> None:
+    """A run that was resumed with another noise or rule goes back to steps before that."""
+    path, first = tmp_path / "journal.zo", Net(torch.float32).eval()
+    optimizer = zl.ZOOptimizer(zl.DenseSpace(first), lr=0.02, eps=0.1)
+    recorder = Recorder(path, optimizer)
+    wanted: Bits = {}
+    for step in range(9):
+        wanted = state_bits(first) if step == 5 else wanted
+        optimizer.step(net_closure(first, step))
+    recorder.drain()
+    recorder.close()
+    model = Net(torch.float32).eval()
+    model.load_state_dict(first.state_dict())
+    resumed = zl.ZOOptimizer(zl.DenseSpace(model), lr=0.02, eps=0.1, **now)
+    resumed.param_groups[0].update(step=9, forwards=18)
+    callback = RunJournal()
+    callback.recorder = Recorder(path, resumed, earlier=read(path))
+    for step in range(9, 12):
+        resumed.step(net_closure(model, step))
+    base = Net(torch.float32).state_dict()
+    module: Any = SimpleNamespace(
+        space=resumed.space, zo_optimizer=resumed, scale_lr=lambda factor: None, reload_base=lambda: model.load_state_dict(base)
+    )
+    callback.go_back(module, Back(12, 5, 0.5))
+    assert state_bits(model) == wanted

@@ -39,6 +39,16 @@ def refused(main: Main, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
     return line
 
 
+def test_replay_with_the_config_of_the_run(main: Main, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file names a checkpoint or none; a journal needs neither."""
+    run = tmp_path / "run"
+    main("fit", *small, *FIT, "--ckpt_path=last")
+    capsys.readouterr()
+    assert "ckpt_path" in (run / "config.yaml").read_text()
+    main("replay", f"--config={run / 'config.yaml'}", f"--verify={run}/checkpoints/last.ckpt")
+    assert "holds the same weights, bit for bit" in capsys.readouterr().out
+
+
 def test_replay(main: Main, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rebuild, compare with the checkpoint, go back in time, write an ordinary model folder."""
     from transformers import AutoModelForCausalLM

@@ -51,7 +51,7 @@ class TestLast:
         assert steps == [0, 3, 4, 5]
         files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         main("fit", *small, "--ckpt_path=last", "--trainer.max_steps=5")
-        assert capsys.readouterr().out.splitlines() == ["nothing to do: the checkpoint is at step 5, trainer.max_steps=5"]
+        assert capsys.readouterr().out.splitlines() == ["nothing to do: the run is at step 5, trainer.max_steps=5"]
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files, "a complete run touches nothing"
 
     def test_command_line_wins(self, main: Main, small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,3 +118,14 @@ def test_level_of_a_loss() -> None:
     objective = zl.ClosedForm(ByLoss(levels=(0.8, 1.2)))
     assert [objective._level(loss) for loss in (0.1, 0.8, 1.0, 1.2, 9.0)] == [0, 1, 1, 2, 2]
     assert zl.ClosedForm()._level(3.0) == 0
+
+
+def test_a_batch_that_overflows_is_left_out(tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zolightning.modules import meta_objectives
+
+    found = iter([SMALL, place([float("inf")] * 5, [1.0] * 5), SMALL])
+    monkeypatch.setattr(meta_objectives, "collect_statistics", lambda *arguments: next(found))
+    monkeypatch.setattr(meta_objectives, "RowNorms", lambda *arguments: None)
+    objective, point = zl.ExpectedDecrease(warm_up=1), SimpleNamespace(space=None, objective=None, batch=None, checkpoint=False, task=0)
+    losses = [float(objective(point, torch.ones(5, dtype=torch.float64)).loss) for _ in range(3)]  # type: ignore[arg-type]
+    assert losses == pytest.approx([losses[0]] * 3)

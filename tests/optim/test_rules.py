@@ -23,7 +23,7 @@ def test_sgd_by_hand() -> None:
 
 @pytest.mark.parametrize("weight_decay", [-0.1, float("nan")])
 def test_negative_weight_decay(weight_decay: float) -> None:
-    with pytest.raises(ValueError, match=f"weight_decay={weight_decay} must not be negative"):
+    with pytest.raises(ValueError, match=f"weight_decay={weight_decay} must be finite and not negative"):
         SGD(weight_decay)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zolightning.journal import FILE_NAME, Back, Journal, Place, Recorder, read
-from zolightning.journal.rebuild import check_weights, move_all
-from zolightning.journal.settings import settings_of
+from zolightning.journal.rebuild import check_weights, move_all, tools
+from zolightning.journal.settings import Settings, settings_of
 from zolightning.modules.finetune import ZOFinetuneModule
+from zolightning.optim import Rule
+from zolightning.samplers import Sampler
 
 
 class RunJournal(Callback):
@@ -126,7 +128,14 @@ class RunJournal(Callback):
         check_weights(journal, module.space.blocks)
         optimizer = module.zo_optimizer
         entries, looks = journal.surviving(back.step), journal.surviving_looks(back.step)
-        move_all(module.space, entries, looks, back.step, lambda settings: (optimizer.sampler, optimizer.rule))
+        known, noise = tools(optimizer.sampler, optimizer.rule), self.recorder.noise
+
+        def of(settings: Settings) -> tuple[Sampler, Rule]:
+            """What a step was made with: perhaps not what the run has now."""
+            sampler, rule = known(settings)
+            return (optimizer.sampler if settings.noise == noise else sampler), rule
+
+        move_all(module.space, entries, looks, back.step, of)
         if optimizer.apart and not optimizer.repeating:
             self.recorder.look(back.step)
         module.scale_lr(back.factor)

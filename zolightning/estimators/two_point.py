@@ -31,7 +31,7 @@ class TwoPoint(Estimator):
 
     def __init__(self, queries: int = 1, clip: float | None = None) -> None:
         super().__init__(queries)
-        if clip is not None and clip <= 0:
+        if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip} must be positive")
         self.clip = clip
 

@@ -40,6 +40,7 @@ class Journal:
     forwards: int = 0
     all_settings: list[Settings] = field(default_factory=list)
     _known: dict[Place, int] = field(default_factory=lambda: {START: 0})  # steps at each place
+    _in_force: dict[Place, Settings] = field(default_factory=dict)  # the settings that hold from each place on
 
     @property
     def first(self) -> Settings:
@@ -76,6 +77,10 @@ class Journal:
         """
         steps, place = max((steps, place) for place, steps in self._known.items() if steps <= step)
         return place, [entry.row for entry in self.entries[steps - self.first.start : step - self.first.start]]
+
+    def settings_at(self, place: Place) -> Settings | None:
+        """The settings that steps written at a place would be read with, perhaps those of no step so far; none at the start."""
+        return self._in_force.get(place)
 
     def surviving(self, until: int | None = None) -> list[Entry]:
         """The steps that made the weights as they are after a step; those that were taken back are left out.
@@ -117,7 +122,7 @@ class Journal:
                 raise ValueError(f"step {content[0].step} follows on {self.steps} steps")
             self.entries += [Entry(row, self.all_settings[-1]) for row in content]
             self.forwards = frame.forwards + len(content) * self.all_settings[-1].probes
-        self._known[frame.end] = self.steps
+        self._known[frame.end], self._in_force[frame.end] = self.steps, self.all_settings[-1]
 
 
 def read(path: str | Path) -> Journal:

@@ -68,7 +68,7 @@ class Recorder:
             keep = earlier.steps if keep is None else keep
             self.place, self._carried = (earlier.end, []) if keep == earlier.steps else earlier.cut(keep)
             kept = earlier.entries[: keep - earlier.first.start]
-            self._written = kept[-1].settings if kept else None
+            self._written = earlier.settings_at(self.place)
             backs = [back.step for back in earlier.backs if back.step <= keep]
             since, self.returns = max(backs, default=0), len(backs)
             self.losses = [mean_loss(entry.row) for entry in kept if entry.row.step >= since]
@@ -80,6 +80,11 @@ class Recorder:
     def beginning(self) -> int:
         """Step at which the journal begins."""
         return self._settings.start
+
+    @property
+    def noise(self) -> str:
+        """How the settings of the present steps name their noise."""
+        return self._settings.noise
 
     @property
     def opened(self) -> bool:

@@ -135,7 +135,9 @@ class ZOFinetuneModule(ZOModule):
         Args:
             factor: What to multiply by.
         """
-        self.zo_optimizer.param_groups[0]["lr"] *= factor
+        group = self.zo_optimizer.param_groups[0]
+        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():  # the last three are what OneCycleLR goes by
+            group[name] *= factor
         _scale_schedule(self.lr_schedulers(), factor)
 
     def setup(self, stage: str) -> None:
@@ -198,8 +200,9 @@ def _scale_schedule(scheduler: Any, factor: float) -> None:
     """Multiply the height of a schedule; those made of several (``SequentialLR``, ``ChainedScheduler``) keep theirs inside."""
     for part in getattr(scheduler, "_schedulers", ()):
         _scale_schedule(part, factor)
-    if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [lr * factor for lr in scheduler.base_lrs]
+    for name in ("base_lrs", "max_lrs"):  # the second is CyclicLR's
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [lr * factor for lr in getattr(scheduler, name)])
 
 
 def _may_look(callback: Callback) -> bool:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from zolightning.models import DType, load_model
+from zolightning.models import DType
 from zolightning.modules.base import OBJECTIVES, ZOModule
 from zolightning.modules.gradients import verify_shift
 from zolightning.modules.meta_objectives import AfterStep, ClosedForm, MetaObjective, MetaPoint, Verdict
@@ -205,16 +205,12 @@ class PolicyMetaTrainModule(ZOModule):
             self.space.verify(loss, direction, self.meta_objective.eps)  # is it resolved by the weights?
         verify_shift(self.space, loss, direction, checkpoint=self.checkpoint_layers)
 
+    @torch.no_grad()
     def _restore_base(self) -> None:
         """Back to the pretrained weights, read from disk once more: no copy of them is kept."""
         self.teacher.forget()
-        if self.steps == 0:
-            return  # they are what was loaded
-        base = load_model(self.pretrained, self.dtype_name, "cpu", self.attn_implementation, self.trust_remote_code)
-        weights = dict(base.named_parameters())
-        with torch.no_grad():
-            for block in self.space.blocks:
-                block.tensor.copy_(weights[block.name])
+        if self.steps:  # at first they are what was loaded
+            self.reload_base()
 
     def _refit_biases(self, step: int, task: int) -> None:
         """Fit the task's candidate biases at the present weights, where it is their turn."""

@@ -190,7 +190,8 @@ class ExpectedDecrease(MetaObjective):
         if self._row_norms is None:
             self._row_norms = RowNorms(point.space, self.together, point.checkpoint)
         found = collect_statistics(point.space, point.objective, [point.batch], False, point.checkpoint, self._row_norms)
-        self._means.setdefault((point.task, self._level(found.loss)), _RunningMean()).add(found, self.memory)
+        if found.finite:  # a batch that overflows would stay in the mean for good
+            self._means.setdefault((point.task, self._level(found.loss)), _RunningMean()).add(found, self.memory)
         ready = [mean.value() for mean in self._means.values() if mean.steps >= self.warm_up]
         scales = scales.detach().requires_grad_()
         with torch.enable_grad():

@@ -68,6 +68,11 @@ class BlockStatistics:
     batch_size: int
     loss: float = math.nan
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are finite."""
+        return all(bool(getattr(self, name).isfinite().all()) for name in _FIELDS)
+
     def by_name(self, field: str) -> dict[str, float]:
         """One of the statistics by name of the block, as :func:`zolightning.policies.controls.closed_form` takes it.
 

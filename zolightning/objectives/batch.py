@@ -58,7 +58,7 @@ def bucket(batch: Batch) -> Batch:
     """
     width = batch["input_ids"].shape[1]
     unit = max(16, _power_of_two(width) // 8)
-    more = -width % unit
+    more = -width % unit if "attention_mask" in batch else 0  # without a mask a model would read the padding
     out = dict(batch)
     for name in ("input_ids", "attention_mask"):
         if name in batch:

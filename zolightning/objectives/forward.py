@@ -57,7 +57,7 @@ def candidate_logits(model: nn.Module, batch: Batch) -> Tensor:
     inner = _inner(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     candidates = batch["candidates"]
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):  # accelerate gives modules forwards of their own
         return last_logits(model, batch, 1)[:, -1].gather(1, candidates)
 
     def rows_of_the_head(hidden: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ Compute = Callable[[BoundObjective, bool], tuple[Tensor, ...]]
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    inputs: Batch
+    bound: BoundObjective  # its batch is what is read; kept, since graphs are found by the identity of objective and model
     outputs: tuple[Tensor, ...]
 
 
@@ -77,7 +77,7 @@ class StepGraphs:
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self._capture(_static(bound))
-        for name, value in captured.inputs.items():
+        for name, value in captured.bound.batch.items():
             if isinstance(value, Tensor):
                 value.copy_(batch[name], non_blocking=True)
         captured.graph.replay()
@@ -98,7 +98,7 @@ class StepGraphs:
         stream, _ = streams(torch.cuda.current_device())
         with _no_garbage(), torch.cuda.graph(graph, self._pool, stream, "thread_local"):
             outputs = self._compute(bound, True)
-        return _Captured(graph, bound.batch, outputs)
+        return _Captured(graph, bound, outputs)
 
     def _warm_up(self, bound: BoundObjective) -> None:
         """Compile and load every kernel."""

@@ -394,8 +394,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         if saved != own:
             raise ValueError(f"the optimizer state is of {saved} blocks, this space has {own}: a checkpoint of another model?")
         state = state_dict["state"]
-        self.space.drop()
         self.sampler.load_state(state["sampler"])
+        self.space.drop()
         super().load_state_dict({**state_dict, "state": {}})
         self.history.restart(self.steps)
         self.looks.latest = self.steps

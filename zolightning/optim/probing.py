@@ -216,7 +216,7 @@ def compiled_layers(space: Space) -> Iterator[None]:
     """Run the repeated layers of the space's model through ``torch.compile``: compiled once, used by all of them."""
     import torch._dynamo.config as config
 
-    layers = space.layers
+    layers = [layer for layer in space.layers if "forward" not in vars(layer)]  # not those that accelerate has taken over
     try:
         space.compiled = True
         for layer in layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class SGD(Rule):
         weight_decay: The rate :math:`\lambda`, applied to every block.
 
     Raises:
-        ValueError: ``weight_decay`` is negative.
+        ValueError: ``weight_decay`` is negative or not finite.
 
     Example:
         >>> SGD().move(torch.tensor([2.0]), lr=torch.tensor(0.5))
@@ -55,8 +56,8 @@ class SGD(Rule):
     capturable = True
 
     def __init__(self, weight_decay: float = 0.0) -> None:
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay={weight_decay} must not be negative")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay={weight_decay} must be finite and not negative")
         self.weight_decay = weight_decay
 
     def move(self, coefficients: Tensor, lr: Tensor) -> Move:

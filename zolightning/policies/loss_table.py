@@ -89,7 +89,7 @@ class LossTable(Policy):
 
     def forward(self, features: Features) -> Tensor:
         loss = features.losses.mean().to(self.knots)
-        loss = torch.where(loss == 0, self.knots[-1], loss)  # no loss has been seen yet
+        loss = torch.where((loss == 0) & (features.step == 0), self.knots[-1], loss)  # no loss has been seen yet
         passed = ((loss - self.knots[:-1]) / self.knots.diff()).clamp(0.0, 1.0)  # how much of each gap between levels lies below the loss
         weights = torch.cat([torch.ones_like(loss)[None], passed]) - torch.cat([passed, torch.zeros_like(loss)[None]])
         squares = self.values.square() @ weights

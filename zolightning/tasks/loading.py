@@ -47,7 +47,8 @@ def load_file(path: str) -> Dataset:
     try:
         rows = datasets.load_dataset(builder, data_files=str(file), split="train", **options)
     except Exception as error:  # each format has its own kinds, an empty file others; the user needs the reason
-        reason = first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        reason = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
         raise ValueError(f"data file {path} has no rows or cannot be read: {reason}") from error
     return _non_empty(rows, f"data file {path}")
 
