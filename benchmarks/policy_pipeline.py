@@ -99,8 +99,8 @@ class Pipeline:
                 raise SystemExit(f"the published recipe failed with status {status}")
             if status == 0:
                 self.recipe = None
-                for folder in (self.state, self.policies):
-                    shutil.copy(made, folder / path.name)
+                shutil.copy(made, path)
+                self._share()
         if not path.exists():
             print("published.safetensors is missing: the published recipe needs more time", flush=True)
         return path.exists()
@@ -138,10 +138,15 @@ class Pipeline:
         if not (self.policies / "curvature.json").exists():
             make_policies.main([f"--statistics={self.state / 'statistics.jsonl'}", f"--pretrained={self.options.pretrained}",
                                 f"--tasks={self.options.tasks}", "--leave-out", f"--out={self.policies}"])  # fmt: skip
+        self._share()
+        return True
+
+    def _share(self) -> None:
+        """Put the policies of the state folder where the grids look for them."""
+        self.policies.mkdir(parents=True, exist_ok=True)
         for name in ("published", "ours"):
             if (self.state / f"{name}.safetensors").exists():
                 shutil.copy(self.state / f"{name}.safetensors", self.policies)
-        return True
 
     def run(self, name: str) -> bool:
         """Run a grid as far as the time goes; whether all of it has ended."""

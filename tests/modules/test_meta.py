@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,15 @@ def test_the_table_follows_from_the_statistics(rule: Any, tiny_folder: str, tmp_
     expected = ratio if rule is None else found.decrease_scales(0.1)
     values = module.policy.values.detach().double()
     torch.testing.assert_close(values / values.max(), expected / expected.max(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", [partial(zl.AdapterSpace, rank=2), partial(zl.LowRankSpace, rank=2, slots=2)], ids=["adapter", "bank"])
+def test_a_reset_of_what_stands_beside_the_weights(space: Any, tiny_folder: str, tmp_path: Path) -> None:
+    """The teacher starts again where the space's own blocks began."""
+    module = meta_module(tiny_folder, space=space, teacher=zl.OneCopySGD(0.1, reset_every=2), meta_objective=Record())
+    make_trainer(tmp_path, 4).fit(module, films(tmp_path))
+    weights = module.meta_objective.weights  # type: ignore[attr-defined]
+    assert weights[0] == weights[2] != weights[1]
 
 
 def test_memory_of_the_running_means() -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zolightning.objectives import CandidateCrossEntropy, Objective, TokenCrossEntropy, candidate_scores, total
 from zolightning.objectives.batch import repeat, size, split
+from zolightning.objectives.forward import candidate_logits, forwards
 
 PROMPTS = [[5, 9, 3, 17], [7, 8], [30, 31, 32, 33, 34, 35], [4], [11, 12, 13]]
 CHOICES = [20, 21, 22]
@@ -210,3 +211,40 @@ def test_an_objective_of_ones_own() -> None:
     model = tiny("llama")
     expected = model(one_token()["input_ids"]).logits.square().mean()
     assert torch.allclose(LogitPenalty().on(model, one_token(), 2)(), expected, atol=1e-5)
+
+
+def test_forwards_come_back() -> None:
+    """A module's own forward, as accelerate gives it, stays what it was, an error included; others end without one."""
+    owner, plain = nn.Linear(2, 2), nn.Linear(2, 2)
+    owner.forward = mine = lambda x: x + 1  # type: ignore[method-assign]
+
+    def fail() -> None:
+        with forwards({owner: lambda x: 2 * x, plain: lambda x: 3 * x}):
+            assert (owner(torch.ones(())), plain(torch.ones(()))) == (2, 3)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert vars(owner)["forward"] is mine
+    assert "forward" not in vars(plain)
+
+
+def test_a_head_with_a_forward_of_its_own_runs_it() -> None:
+    model = tiny("llama")
+    batch = {
+        "input_ids": torch.arange(8).view(2, 4),
+        "attention_mask": torch.ones(2, 4, dtype=torch.int64),
+        "candidates": torch.tensor([[3, 5]] * 2),
+    }
+    head = model.get_output_embeddings()
+    before, asked = candidate_logits(model, batch), []
+    own = head.forward
+
+    def hooked(x: Tensor) -> Tensor:
+        asked.append(x)
+        return own(x)
+
+    head.forward = hooked
+    torch.testing.assert_close(candidate_logits(model, batch), before)
+    assert len(asked) == 1
+    assert vars(head)["forward"] is hooked

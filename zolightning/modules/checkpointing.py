@@ -9,6 +9,8 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from zolightning.objectives.forward import forwards
+
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
@@ -28,14 +30,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"checkpoint=true: {type(model).__name__} has no layers that transformers can checkpoint")
-    own = [vars(layer).get("forward") for layer in layers]  # of accelerate, on a model that is spread over devices
-    try:
-        for layer in layers:
-            # Not reentrant: every tensor's gradient is complete once, whatever shares it. Nothing is random in evaluation mode.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    # Not reentrant: every tensor's gradient is complete once, whatever shares it. Nothing is random in evaluation mode.
+    again = {layer: partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False) for layer in layers}
+    with forwards(again):
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.__dict__["forward"] = forward

@@ -20,6 +20,7 @@ from zolightning.modules.readers import SquaredNorms
 from zolightning.modules.shift import owned_blocks
 from zolightning.objectives.base import Objective
 from zolightning.objectives.batch import Batch, split
+from zolightning.objectives.forward import forwards
 from zolightning.optim.precision import exact_float32
 from zolightning.spaces import Space
 
@@ -222,7 +223,6 @@ def _vectors(space: Space, tape: _Tape) -> Iterator[None]:
     """Give norms their vectors once for each sequence; no parameter that is not a block needs a gradient."""
     frozen = [p for p in space.model.parameters() if p.requires_grad and id(p) not in tape.indices]
     handles: list[Any] = []
-    layer_norms: list[nn.LayerNorm] = []
     norms = [
         (module, owned)
         for module in space.model.modules()
@@ -248,17 +248,13 @@ def _vectors(space: Space, tape: _Tape) -> Iterator[None]:
         for module, owned in norms:
             handles.append(module.register_forward_pre_hook(partial(expand, owned)))
             handles.append(module.register_forward_hook(partial(restore, owned), always_call=True))
-            if type(module) is nn.LayerNorm:
-                module.forward = partial(layer_norm, module)  # type: ignore[method-assign]
-                layer_norms.append(module)
-        yield
+        with forwards({module: partial(layer_norm, module) for module, _ in norms if type(module) is nn.LayerNorm}):
+            yield
     finally:
         for handle in handles:
             handle.remove()
         for module, owned in norms:
             restore(owned, module)
-        for module in layer_norms:
-            module.__dict__.pop("forward", None)
         for parameter in frozen:
             parameter.requires_grad_(True)
         for block in space.blocks:

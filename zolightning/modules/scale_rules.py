@@ -10,7 +10,7 @@ import torch
 
 from zolightning.modules.statistics import BlockStatistics, mean_statistics
 from zolightning.policies import BlockInfo, LossTable, Normaliser, Policy, Table, controls
-from zolightning.policies.shared import shared_ratio
+from zolightning.policies.shared import check_shape_of_ratio, shared_ratio
 
 
 class ScaleRule(ABC):
@@ -94,9 +94,7 @@ class SharedRatio(ScaleRule):
     """
 
     def __init__(self, power: float = 3.0, borrow: float = 1.0, width: float = 0.05) -> None:
-        for name, value, least in (("power", power, 0.0), ("borrow", borrow, 0.0), ("width", width, 1e-6)):
-            if not (value >= least and math.isfinite(value)):
-                raise ValueError(f"{name}={value} must be finite and at least {least:g}")
+        check_shape_of_ratio(power, borrow, width)
         self.power, self.borrow, self.width = power, borrow, width
 
     def __call__(self, blocks: Sequence[BlockInfo], places: Sequence[BlockStatistics]) -> Table:

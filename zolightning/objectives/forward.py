@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zolightning.objectives.batch import Batch
+
+
+@contextmanager
+def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules run other forwards; one that a module has of its own, as accelerate gives it on several devices, comes back."""
+    own = {module: vars(module).get("forward") for module in replaced}
+    try:
+        for module, forward in replaced.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, before in own.items():
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
 
 
 @lru_cache(maxsize=64)
@@ -57,17 +75,14 @@ def candidate_logits(model: nn.Module, batch: Batch) -> Tensor:
     inner = _inner(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     candidates = batch["candidates"]
-    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):  # accelerate gives modules forwards of their own
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):  # accelerate's has to run
         return last_logits(model, batch, 1)[:, -1].gather(1, candidates)
 
     def rows_of_the_head(hidden: Tensor) -> Tensor:
         return hidden @ F.embedding(candidates, head.weight).mT
 
-    head.__dict__["forward"] = rows_of_the_head
-    try:
+    with forwards({head: rows_of_the_head}):
         return last_logits(model, batch, 1)[:, -1]
-    finally:
-        del head.__dict__["forward"]
 
 
 def wide(logits: Tensor) -> Tensor:

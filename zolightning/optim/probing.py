@@ -20,6 +20,7 @@ from torch import Tensor
 from zolightning.estimators.base import Probe
 from zolightning.objectives.base import BoundObjective, total
 from zolightning.objectives.batch import bucket, with_padding
+from zolightning.objectives.forward import forwards
 from zolightning.optim.replicas import Read, Replicas
 from zolightning.samplers.base import Direction
 from zolightning.spaces.base import Space
@@ -216,17 +217,14 @@ def compiled_layers(space: Space) -> Iterator[None]:
     """Run the repeated layers of the space's model through ``torch.compile``: compiled once, used by all of them."""
     import torch._dynamo.config as config
 
-    layers = [layer for layer in space.layers if "forward" not in vars(layer)]  # not those that accelerate has taken over
+    layers = [layer for layer in space.layers if "forward" not in vars(layer)]  # accelerate's has to run
+    compiled = {layer: partial(_compiled(type(layer)), layer) for layer in layers}  # type: ignore[arg-type]
     try:
         space.compiled = True
-        for layer in layers:
-            layer.__dict__["forward"] = partial(_compiled(type(layer)), layer)  # type: ignore[arg-type]
-        with config.patch(recompile_limit=_RECOMPILES, accumulated_recompile_limit=16 * _RECOMPILES):
+        with forwards(compiled), config.patch(recompile_limit=_RECOMPILES, accumulated_recompile_limit=16 * _RECOMPILES):
             yield
     finally:
         space.compiled = False
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 @cache

@@ -58,9 +58,7 @@ def shared_ratio(
         >>> table.values.argmax().item()
         2
     """
-    for name, value, least in (("power", power, 0.0), ("borrow", borrow, 0.0), ("width", width, 1e-6)):
-        if not (value >= least and math.isfinite(value)):
-            raise ValueError(f"{name}={value} must be finite and at least {least:g}")
+    check_shape_of_ratio(power, borrow, width)
     if gradient.shape != fisher.shape or gradient.shape != (len(rows), len(blocks)):
         raise ValueError(
             f"statistics of shapes {tuple(gradient.shape)} and {tuple(fisher.shape)} for {len(rows)} tasks, {len(blocks)} blocks"
@@ -79,6 +77,17 @@ def shared_ratio(
     if not float(ratio.max()) > 0:
         raise ValueError("the tasks share no signal: no block has a positive ratio")
     return Table.of(blocks, (ratio / ratio.max()).pow(power / 2).float())
+
+
+def check_shape_of_ratio(power: float, borrow: float, width: float) -> None:
+    """Refuse arguments of :func:`shared_ratio` that are out of range.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name, value, least in (("power", power, 0.0), ("borrow", borrow, 0.0), ("width", width, 1e-6)):
+        if not (value >= least and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be finite and at least {least:g}")
 
 
 def neighbours(blocks: Sequence[BlockInfo], width: float) -> Tensor:
