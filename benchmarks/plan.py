@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
@@ -54,11 +53,11 @@ class Plan:
     def next_runs(self) -> list[Run]:
         """The runs that can start now and are not in the ledger, in the order in which they should."""
         wanted: list[Run] = []
-        for cell in self.cells:
+        for cell in filter(self.counts, self.cells):
             source = self.source(cell)
             if missing := self.missing_searches(source):
                 wanted += missing if source == cell else []
-            elif not self.searching(source) and cell[0] in self.passed and (best := self.final_lr(source)) is not None:
+            elif not self.searching(source) and (best := self.final_lr(source)) is not None:
                 wanted += [run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, best)).key not in self.done]
         return sorted(wanted, key=self._place)
 
@@ -66,7 +65,7 @@ class Plan:
         """Where a run comes, so that a table that is cut off is of use."""
         seed = self.seeds(run.method).index(run.seed) if run.stage == "final" else -1
         late = not self.methods[run.method].get("first", False)
-        hopeless = late and run.task in self._headroom and not self._headroom[run.task].there
+        hopeless = late and self._hopeless(run.task)
         task, method = list(self.config["tasks"]).index(run.task), list(self.methods).index(run.method)
         return late, hopeless, task, run.stage == "final", seed, method
 
@@ -136,40 +135,20 @@ class Plan:
         usable = [row for row in self._searched[cell] if row["loss"] == row["loss"] and (among is None or row["lr"] in among)]
         return min(usable, key=decisive, default=None)
 
-    @cached_property
-    def passed(self) -> set[str]:
-        """The methods that may run to the end: all but candidates, and the ``screen`` best of those once all have searched all tasks.
+    def counts(self, cell: Cell) -> bool:
+        """Whether a method is to be tried on a task: with ``headroom_only`` not where Adam has found nothing to learn."""
+        return self.methods[cell[0]].get("first", False) or not (self.config.get("headroom_only") and self._hopeless(cell[2]))
 
-        Candidates are ranked by the mean logarithm of their best searched loss.
-        """
-        candidates = self._candidates
-        passed = set(self.methods) - set(candidates)
-        if len(candidates) <= self.config.get("screen", math.inf):
-            return passed | set(candidates)
-        totals = dict.fromkeys(candidates, 0.0)
-        for cell in self.cells:
-            if cell[0] in totals:
-                if self.searching(cell) or self.missing_searches(cell):
-                    return passed
-                best = self.best_search(cell)
-                totals[cell[0]] += math.log(decisive(best)) if best is not None else math.inf
-        return passed | set(sorted(candidates, key=totals.__getitem__)[: self.config["screen"]])
-
-    @property
-    def _candidates(self) -> list[str]:
-        return [method for method, settings in self.methods.items() if settings.get("candidate")]
+    def _hopeless(self, task: str) -> bool:
+        return task in self._headroom and not self._headroom[task].there
 
     def left(self) -> Iterator[Run]:
         """All runs that are left, those that wait for searches included, with a rate of 0 where it is not known yet."""
-        passed = self.passed
-        if not passed & set(self._candidates):  # which of them will pass is not known yet, but how many
-            passed = passed | set(self._candidates[: self.config.get("screen")])
         ended = {key[:5] for key in self.done}
-        for cell in self.cells:
+        for cell in filter(self.counts, self.cells):
             if self.source(cell) == cell:
                 yield from self.missing_searches(cell)
-            if cell[0] in passed:
-                yield from (run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, 0.0)).key[:5] not in ended)
+            yield from (run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, 0.0)).key[:5] not in ended)
 
     def outlook(self) -> tuple[int, float]:
         """How many runs are left, and their seconds one after another."""

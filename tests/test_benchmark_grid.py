@@ -1,4 +1,4 @@
-"""The order of a grid's runs, what an end of the list adds, screening, time; and one run of each kind on a tiny model."""
+"""The order of a grid's runs, what an end of the list adds, tasks left out, time; and one run of each kind on a tiny model."""
 
 from __future__ import annotations
 
@@ -89,13 +89,14 @@ def test_longer_runs_take_smaller_rates(tmp_path: Path) -> None:
     assert Plan(settings).outlook() == (0, 0.0)
 
 
-def test_screening(tmp_path: Path) -> None:
-    """Only the best candidate of all tasks' searches runs to the end; one that diverged is not it."""
-    settings = config(tmp_path, a={"build": "x"}, **{name: {"build": "x", "candidate": True} for name in ("bad", "good", "gone")})
-    settings["screen"] = 1
-    losses = {"bad": 0.6, "good": 0.5, "gone": math.nan}
-    order = finish(settings, lambda run: losses.get(run.method, 0.6) + valley(run))
-    assert {cell[1] for cell in order if cell[0] == "final"} == {"adam", "a", "good"}
+def test_headroom_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task on which Adam finds nothing is left out where the grid says so; Adam itself runs on it."""
+    settings = config(tmp_path, a={"build": "x"})
+    monkeypatch.setattr("benchmarks.plan.headroom", lambda rows: {"s": SimpleNamespace(there=True), "t": SimpleNamespace(there=False)})
+    assert {(run.method, run.task) for run in Plan(settings).left()} == {("adam", "s"), ("adam", "t"), ("a", "s"), ("a", "t")}
+    settings["headroom_only"] = True
+    assert {(run.method, run.task) for run in Plan(settings).left()} == {("adam", "s"), ("adam", "t"), ("a", "s")}
+    assert {(run.method, run.task) for run in Plan(settings).next_runs()} == {("adam", "s"), ("adam", "t"), ("a", "s")}
 
 
 def test_methods_of_a_task(tmp_path: Path) -> None:
