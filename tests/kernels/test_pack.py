@@ -152,6 +152,16 @@ def test_rows(kind: type[Noise], width: int) -> None:
 
 @needs_triton
 @pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("numel", [1, 7, 4000])
+def test_noise_alone(kind: type[Noise], numel: int) -> None:
+    """The noise of a block without a weight."""
+    noise = kind(Key(1, 2, 3))
+    assert bits(kernels.drawn(noise, numel, torch.device(DEVICE))) == bits(noise.draw(0, numel, torch.device("cpu")))
+
+
+@needs_triton
+@pytest.mark.usefixtures("everywhere")
 def test_unaligned_weights() -> None:
     """A tensor that begins in the middle of 16 bytes."""
     memory = torch.randn(4000).bfloat16().to(DEVICE)

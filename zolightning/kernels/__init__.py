@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from zolightning.kernels.pack import Pack, Update, fold, rows, scalar
+from zolightning.kernels.pack import Pack, Update, drawn, fold, rows, scalar
 from zolightning.kernels.plain import compute_dtype
 from zolightning.kernels.rounding import stochastic_round
 from zolightning.noise import Noise
 
-__all__ = ["Pack", "Update", "compute_dtype", "fold", "materialise", "rows", "scalar", "stochastic_round", "update"]
+__all__ = ["Pack", "Update", "compute_dtype", "drawn", "fold", "materialise", "rows", "scalar", "stochastic_round", "update"]
 
 
 def materialise(weight: Tensor, amount: Tensor, noise: Noise) -> Tensor:

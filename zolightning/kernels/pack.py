@@ -213,6 +213,12 @@ def rows(weight: Tensor, ids: Tensor, amounts: Tensor, slot: int, noise: Noise, 
     return torch.cat([copy[part] for copy, part in zip(whole, ids.chunk(copies), strict=True)])
 
 
+def drawn(noise: Noise, numel: int, device: torch.device) -> Tensor:
+    """The noise itself: the first ``numel`` elements, flat, float32; fewer than 2**27 of them."""
+    zeros = torch.zeros(1, numel, device=device)
+    return rows(zeros, torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, device=device), 0, noise, None, 1)[0]
+
+
 def fold(weight: Tensor, left: Tensor, basis: Tensor, shrink: Tensor, noise: Noise, clock: Tensor | None) -> None:
     r"""In-place step :math:`W \leftarrow W + (B A - r W)` of a matrix; 16-bit weights are rounded stochastically.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zolightning.blocks import Block
-from zolightning.kernels import materialise, stochastic_round
+from zolightning.kernels import drawn, stochastic_round
 from zolightning.modules.gradient import Gradient
 from zolightning.noise import Key, rounding_bits
 from zolightning.samplers.base import Direction
@@ -35,7 +35,7 @@ class SquaredNorms(_Scalars):
 
     def __call__(self, index: int, gradient: Gradient) -> None:
         for _, _, piece in gradient.pieces():
-            self.values[index] += torch.dot(piece, piece)
+            self.values[index].add_(torch.dot(piece, piece))
 
 
 class InnerProducts(_Scalars):
@@ -54,11 +54,11 @@ class InnerProducts(_Scalars):
         block = self.space.blocks[index]
         noise = self.direction.noise(block)
         whole = None
-        if block.tensor.is_cuda and block.numel <= _WHOLE:  # the fused pass over zeros is far faster than drawing in plain torch
-            whole = materialise(torch.zeros(block.numel, device=block.tensor.device), torch.ones((), device=block.tensor.device), noise)
+        if block.tensor.is_cuda and block.numel <= _WHOLE:  # a kernel is far faster than drawing in plain torch
+            whole = drawn(noise, block.numel, block.tensor.device)
         for start, stop, piece in gradient.pieces():
             z = noise.draw(start, stop - start, piece.device) if whole is None else whole[start:stop]
-            self.values[index] += torch.dot(piece, z.to(piece.dtype))
+            self.values[index].add_(torch.dot(piece, z.to(piece.dtype)))
 
 
 class Sum:

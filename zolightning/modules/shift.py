@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,14 @@ class Shift:
 
     def block(self, index: int) -> Tensor:
         """A perturbed copy of a block."""
-        block = self.space.blocks[index]
-        return kernels.materialise(block.tensor.detach(), self._amount(index), self.direction.noise(block))
+        noise = self.direction.noise(self.space.blocks[index])
+        return self.space.packs[index].materialise(self._amounts, [noise], self.direction.clock)[0][0]
 
     def take(self, index: int, ids: Tensor) -> Tensor:
         """Perturbed rows of a matrix: ``[*ids.shape, width]``."""
         block = self.space.blocks[index]
         noise = self.direction.noise(block)
-        return kernels.rows(block.tensor.detach(), ids, self._amount(index).reshape(1), 0, noise, self.direction.clock, 1)
+        return kernels.rows(block.tensor.detach(), ids, self._amounts, index, noise, self.direction.clock, 1)
 
     def rows(self, index: int, first: int, last: int) -> Tensor:
         """Perturbed rows ``first`` to ``last`` of a matrix."""
@@ -44,17 +45,17 @@ class Shift:
         part = block.tensor.detach()[first:last]
         if part.is_cuda:
             return self.take(index, torch.arange(first, last, device=part.device))
-        noise, amount, out = self.direction.noise(block), self._amount(index), torch.empty_like(part)
+        noise, amount, out = self.direction.noise(block), self._amounts[index], torch.empty_like(part)
         flat, source, start = out.view(-1), part.reshape(-1), first * part.shape[1]
         for at in range(0, part.numel(), 1 << 16):
             own = source[at : at + (1 << 16)].to(amount.dtype)
             flat[at : at + (1 << 16)] = own + noise.draw(start + at, own.numel(), part.device).to(amount.dtype) * amount
         return out
 
-    def _amount(self, index: int) -> Tensor:
-        block = self.space.blocks[index]
-        amount = self.direction.scales[index].to(self.space.compute_dtype) * self.distance
-        return amount.to(block.tensor.device, kernels.compute_dtype(block.dtype))
+    @cached_property
+    def _amounts(self) -> Tensor:
+        """Factor of each block's noise."""
+        return self.direction.scales.to(self.space.compute_dtype) * self.distance
 
 
 def owned_blocks(module: nn.Module, indices: dict[int, int]) -> Iterator[tuple[str, int]]:

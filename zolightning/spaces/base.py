@@ -130,6 +130,11 @@ class Space(ABC):
         """All blocks, for one pass over them."""
         return kernels.Pack([block.tensor for block in self.blocks], [block.id for block in self.blocks])
 
+    @cached_property
+    def packs(self) -> list[kernels.Pack]:
+        """Each block by itself; its amount has the block's place among all."""
+        return [kernels.Pack([block.tensor], [block.id], [index]) for index, block in enumerate(self.blocks)]
+
     def locate(self) -> None:
         """Take the blocks where they are now: between two runs a model may have been on another device. A new optimizer calls it."""
         places = [block.tensor.data_ptr() for block in self.blocks]
@@ -140,6 +145,7 @@ class Space(ABC):
     def _moved(self) -> None:
         """Forget the addresses of all blocks."""
         self.__dict__.pop("pack", None)
+        self.__dict__.pop("packs", None)
         self._sampler = self._factors = None
 
     @property
