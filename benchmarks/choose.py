@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks import grid, ledger, verdict
 from benchmarks.compare import planned_pairs
 from benchmarks.headroom import headroom
+from benchmarks.plan import Plan
 
 
 def scores(config: dict[str, Any], rows: list[ledger.Row]) -> dict[str, dict[str, float]]:
@@ -51,8 +52,8 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for chosen.json and ours.safetensors")
     arguments = parser.parse_args(options)
     config = grid.load(arguments.grid)
-    rows = ledger.read(arguments.ledger or Path(config["ledger"]))
-    found = scores(config, rows)
+    config["ledger"] = str(arguments.ledger or config["ledger"])
+    found = scores(config, Plan(config).current())
     if not found:
         sys.exit("no candidate has run on all design tasks with headroom, together with all other methods")
     ranked = sorted(found, key=lambda name: min(found[name].values()), reverse=True)

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks import grid, ledger, verdict
 from benchmarks.headroom import Headroom, headroom
+from benchmarks.plan import Plan
 from benchmarks.verdict import KINDS, Comparison, Pair
 
 GAIN, SHARE = 2.5, 0.5  # points of the metric, share of the forwards
@@ -157,7 +158,11 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/policy.json"), help="JSON; a .md and a .png are written beside it")
     arguments = parser.parse_args(options)
     configs = [grid.load(path) for path in arguments.grids]
-    rows = [row for path in arguments.ledgers or [Path(config["ledger"]) for config in configs] for row in ledger.read(path)]
+    if arguments.ledgers and len(arguments.ledgers) != len(configs):
+        parser.error(f"--ledgers names {len(arguments.ledgers)} files for {len(configs)} grids")
+    for config, path in zip(configs, arguments.ledgers or [], strict=False):
+        config["ledger"] = str(path)
+    rows = [row for config in configs for row in Plan(config).current()]
     trained = json.loads(arguments.chosen.read_text(encoding="utf-8"))["tasks"] if arguments.chosen else []
     found = judge(configs, rows, arguments.ours, trained, arguments.baseline)
     finals = [row for row in rows if row["stage"] == "final"]

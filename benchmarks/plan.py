@@ -14,6 +14,7 @@ from benchmarks.runs import FIELDS, Run
 from benchmarks.times import estimate
 
 Cell = tuple[str, str, str]  # method, model, task
+STAGES = ("search", "trial", "final")
 
 
 class Plan:
@@ -44,11 +45,14 @@ class Plan:
         own = self.methods[method]
         arguments = {k: v.replace("{task}", task) if isinstance(v, str) else v for k, v in own.get("arguments", {}).items()}
         settings = {"method": own | {"arguments": arguments}, "model": self.config["models"][model], "task": self.config["tasks"][task]}
-        settings |= {"evaluations": self.config[stage].get("evaluations", 1), "ledger": self.config["ledger"]}
+        settings |= {"evaluations": self._part(stage).get("evaluations", 1), "ledger": self.config["ledger"]}
         return Run(stage, method, model, task, seed, float(lr), self._budget(stage, method), settings)
 
     def _budget(self, stage: str, method: str) -> int:
-        return int(self.methods.get(method, {}).get("forwards", self.config[stage]["forwards"]))
+        return int(self.methods.get(method, {}).get("forwards", self._part(stage)["forwards"]))
+
+    def _part(self, stage: str) -> dict[str, Any]:
+        return self.search if stage == "search" else self.final
 
     def next_runs(self) -> list[Run]:
         """The runs that can start now and are not in the ledger, in the order in which they should."""
@@ -57,17 +61,21 @@ class Plan:
             source = self.source(cell)
             if missing := self.missing_searches(source):
                 wanted += missing if source == cell else []
-            elif not self.searching(source) and (best := self.final_lr(source)) is not None:
+            elif self.searching(source):
+                continue
+            elif missing := self.missing_trials(source):
+                wanted += missing if source == cell else []
+            elif (best := self.final_lr(source)) is not None:
                 wanted += [run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, best)).key not in self.done]
         return sorted(wanted, key=self._place)
 
     def _place(self, run: Run) -> tuple[int, ...]:
         """Where a run comes, so that a table that is cut off is of use."""
-        seed = self.seeds(run.method).index(run.seed) if run.stage == "final" else -1
+        seed = self.seeds(run.method).index(run.seed) if run.stage == "final" else 0
         late = not self.methods[run.method].get("first", False)
         hopeless = late and self._hopeless(run.task)
         task, method = list(self.config["tasks"]).index(run.task), list(self.methods).index(run.method)
-        return late, hopeless, task, run.stage == "final", seed, method
+        return late, hopeless, task, STAGES.index(run.stage), seed, method
 
     @cached_property
     def _headroom(self) -> dict[str, Any]:
@@ -120,15 +128,42 @@ class Plan:
         best = self.best_search(cell, among)
         return None if best is None else float(best["lr"])
 
-    def final_lr(self, cell: Cell) -> float | None:
-        """The rate of the final runs: the best of the search, times ``(search / final forwards) ** final.rate_exponent``.
+    def trials(self, cell: Cell) -> list[Run]:
+        """Runs as long as the final ones that decide between several ``final.factors`` of the best searched rate.
 
-        The longer a run, the smaller the rate that is best for it: noise adds up over all steps. The exponent is 0 unless given.
+        The longer a run, the smaller the rate that is best for it: noise adds up over all steps. A method whose search was as long as its
+        final runs keeps the rate that it has found.
         """
-        best, exponent = self.best_lr(cell), float(self.final.get("rate_exponent", 0.0))
-        if best is None or exponent == 0:
-            return best
-        return float(f"{best * (self._budget('search', cell[0]) / self._budget('final', cell[0])) ** exponent:.3g}")
+        best = self.best_lr(cell)
+        if best is None:
+            return []
+        longer = self._budget("final", cell[0]) > self._budget("search", cell[0])
+        factors = self.final.get("factors", [1.0]) if longer else [1.0]
+        return [self.run("trial", cell, self.search["seed"], float(f"{best * factor:.3g}")) for factor in factors]
+
+    def missing_trials(self, cell: Cell) -> list[Run]:
+        """The trials of a method that have not ended; where there is one factor there is nothing to decide."""
+        trials = self.trials(cell)
+        return [run for run in trials if run.key not in self.done] if len(trials) > 1 else []
+
+    def final_lr(self, cell: Cell) -> float | None:
+        """The rate of the final runs: of the trial with the lowest loss; none where it is not known yet, or all have diverged."""
+        trials = self.trials(cell)
+        if len(trials) == 1:
+            return trials[0].lr
+        rows = [self.done[run.key] for run in trials if run.key in self.done]
+        usable = [row for row in rows if row["loss"] == row["loss"]]
+        return float(min(usable, key=decisive)["lr"]) if len(rows) == len(trials) and usable else None
+
+    def current(self) -> list[ledger.Row]:
+        """The ledger without long runs at other rates than a method's, which it may hold from before its trials."""
+        rates = {cell: self.final_lr(self.source(cell)) for cell in self.cells}
+
+        def counts(row: ledger.Row) -> bool:
+            rate = rates.get((row["method"], row["model"], row["task"]))
+            return row["stage"] != "final" or rate is None or row["lr"] == rate
+
+        return list(filter(counts, self.rows))
 
     def best_search(self, cell: Cell, among: list[float] | None = None) -> ledger.Row | None:
         """The row of that search; none where nothing has ended, or all have diverged."""
@@ -144,11 +179,14 @@ class Plan:
 
     def left(self) -> Iterator[Run]:
         """All runs that are left, those that wait for searches included, with a rate of 0 where it is not known yet."""
-        ended = {key[:5] for key in self.done}
         for cell in filter(self.counts, self.cells):
-            if self.source(cell) == cell:
-                yield from self.missing_searches(cell)
-            yield from (run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, 0.0)).key[:5] not in ended)
+            source = self.source(cell)
+            waits = [*self.missing_searches(source), *self.missing_trials(source)]
+            if source == cell:
+                yield from waits
+            rate = 0.0 if waits or self.searching(source) else self.final_lr(source)
+            if rate is not None:
+                yield from (run for seed in self.seeds(cell[0]) if (run := self.run("final", cell, seed, rate)).key not in self.done)
 
     def outlook(self) -> tuple[int, float]:
         """How many runs are left, and their seconds one after another."""

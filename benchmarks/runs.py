@@ -54,7 +54,7 @@ def execute(run: Run) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method, task = run.settings["method"], dict(run.settings["task"])
     new_tokens = task.pop("max_new_tokens", None)
-    if run.stage == "search":
+    if run.stage != "final":
         task |= {"validation_file": None, "num_validation": 500}  # held-out training rows choose the learning rate
     data = task_data(yaml.safe_dump(task), run.seed, run.settings["model"])
     model = load_model(run.settings["model"], method.get("dtype", "bfloat16"), device, quantization=method.get("quantization"))
@@ -92,10 +92,10 @@ def execute(run: Run) -> str:
 
 
 def measured_at(run: Run) -> list[int]:
-    """Forwards at which a run is measured: a search at its end alone, for nothing else is asked of it."""
+    """Forwards at which a run is measured: one that chooses a rate at its end alone, for nothing else is asked of it."""
     count = run.settings["evaluations"]
     places = [round(run.forwards_asked * i / count) for i in range(count + 1)]
-    return places[1:] if run.stage == "search" else places
+    return places if run.stage == "final" else places[-1:]
 
 
 @lru_cache(maxsize=8)

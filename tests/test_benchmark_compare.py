@@ -19,6 +19,7 @@ FORWARDS = (0, 2000, 4000)
 def write(path: Path, method: str, task: str, seed: int, losses: tuple[float, ...], metric: float = 0.5, **more: Any) -> None:
     """A run with these losses at 0, 2,000 and 4,000 forwards."""
     base = {"stage": "final", "method": method, "model": "m", "task": task, "seed": seed, "lr": 0.1, "metric": "accuracy"}
+    base["forwards_asked"] = FORWARDS[-1]
     how = {"machine": "x", "commit": "c", "torch": "2", "accuracy": metric, "accuracy_corrected": metric + 0.01}
     for forwards, loss in zip(FORWARDS, losses, strict=True):
         figures = {"loss": loss, "loss_corrected": loss - 0.1, "constant_loss": 0.7, **more}

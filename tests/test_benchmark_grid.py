@@ -80,13 +80,46 @@ def test_an_end_that_wins_adds_a_point_for_all(tmp_path: Path) -> None:
     assert {lr for stage, m, t, _, lr in order if (stage, m, t) == ("final", "a", "t")} == {8.0}
 
 
-def test_longer_runs_take_smaller_rates(tmp_path: Path) -> None:
-    """By the root of the ratio of their lengths; a method whose runs are as long as its searches keeps its rate."""
+def test_long_runs_try_smaller_rates(tmp_path: Path) -> None:
+    """Over the whole budget, on one seed, and the best is taken; a method whose searches are as long keeps the rate that it has found."""
     settings = config(tmp_path, a={"build": "x"}, b={"build": "x", "forwards": 400})
-    settings["search"]["forwards"], settings["final"]["rate_exponent"] = 1000, 0.5
-    order = finish(settings, lambda run: 0.5 + valley(run))
-    assert {(cell[1], cell[4]) for cell in order if cell[0] == "final"} == {("adam", 0.25), ("a", 1.0), ("b", 2.0)}
+    settings["search"]["forwards"], settings["final"]["factors"] = 1000, [1.0, 0.5, 0.25]
+    order = finish(settings, lambda run: abs(run.lr - 1.0) if run.stage == "trial" else 0.5 + valley(run))
+    assert [cell[2:] for cell in order if cell[:2] == ("trial", "a")] == [(task, 9, lr) for task in ("s", "t") for lr in (2.0, 1.0, 0.5)]
+    assert {cell[1] for cell in order if cell[0] == "trial"} == {"adam", "a"}
+    assert {(cell[1], cell[4]) for cell in order if cell[0] == "final"} == {("adam", 0.5), ("a", 1.0), ("b", 2.0)}
     assert Plan(settings).outlook() == (0, 0.0)
+
+
+def test_one_factor_needs_no_trial(tmp_path: Path) -> None:
+    """The rate is taken as it is."""
+    settings = config(tmp_path, a={"build": "x"})
+    settings["search"]["forwards"], settings["final"]["factors"] = 1000, [0.5]
+    order = finish(settings, lambda run: 0.5 + valley(run))
+    assert {(cell[1], cell[4]) for cell in order if cell[0] == "final"} == {("adam", 0.25), ("a", 1.0)}
+    assert not any(cell[0] == "trial" for cell in order)
+
+
+def test_methods_that_have_diverged_are_done(tmp_path: Path) -> None:
+    """In all searches, or in all trials: there is no rate to run with."""
+    settings = config(tmp_path, a={"build": "x"}, b={"build": "x"})
+    settings["final"]["factors"] = [1.0, 0.5]
+    bad = {("search", "a"), ("trial", "b")}
+    order = finish(settings, lambda run: math.nan if (run.stage, run.method) in bad else 0.5 + valley(run))
+    assert {cell[1] for cell in order if cell[0] == "final"} == {"adam"}
+    assert Plan(settings).outlook() == (0, 0.0)
+
+
+def test_runs_at_other_rates_do_not_count(tmp_path: Path) -> None:
+    """A ledger may hold long runs from before the trials: they stay there, and are run again at the rate that was found."""
+    settings = config(tmp_path, a={"build": "x"})
+    settings["final"]["factors"] = [1.0, 0.5]
+    for rate in (2.0, 8.0):
+        end(settings, Plan(settings).run("final", ("a", "m", "s"), 0, rate), 0.5)
+    order = finish(settings, lambda run: 0.5 + valley(run))
+    assert [cell[3:] for cell in order if cell[:3] == ("final", "a", "s")] == [(1, 2.0)]
+    plan = Plan(settings)
+    assert [row for row in plan.rows if row not in plan.current()] == [row for row in plan.rows if row["lr"] == 8.0]
 
 
 def test_headroom_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
