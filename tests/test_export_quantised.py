@@ -39,6 +39,17 @@ def logits_of(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
 
 
+def test_folders_of_others_are_left_alone(tiny_folder: str, tmp_path: Path) -> None:
+    """A folder with files may only be one of an earlier export."""
+    module = trained(tiny_folder, "nf4", zl.AdapterSpace)
+    export_model(module, None, tmp_path / "mine")
+    export_model(module, None, tmp_path / "mine")
+    (tmp_path / "README.md").write_text("# Notes")
+    with pytest.raises(ValueError, match=r"^folder '.*' holds files that no export has written: name a new one$"):
+        export_model(module, None, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "mine"]
+
+
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_an_adapter(tiny_folder: str, tmp_path: Path, kind: Any) -> None:
     """peft puts it on the same base again."""

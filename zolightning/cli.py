@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _QUIET = (
     r".*dataloader is not resumable.*",
     r".*in eval mode at the start of training.*",
     r".*exists and is not empty.*",
+    r".*add the following callbacks: \['RunJournal'\].*",  # validation and prediction keep no journal
     r".*sync_dist=True.*",  # every process has evaluated all rows
     r"Using ModelCheckpoint with manual optimization.*",  # pages of advice for another kind of training
     r".*was deprecated in v4.*",
@@ -64,6 +66,8 @@ def run() -> None:
     try:
         main()
     except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a status
+            sys.exit(128 + signal.SIGTERM)
         if stop.code == 0:  # help, a version or a configuration was printed, nothing started: taking modules apart costs a second
             sys.stdout.flush()
             os._exit(0)
@@ -75,6 +79,7 @@ def be_quiet() -> None:
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub that cannot be reached is tried often; one line says so in the end
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs errors that it raises as well
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

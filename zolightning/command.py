@@ -26,7 +26,10 @@ from zolightning.replaying import check_checkpoint, replay_run
 
 
 class ZOArgumentParser(LightningArgumentParser):
-    """Errors give the reason, not pages of usage."""
+    """Errors give the reason, not pages of usage; options are written out."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False} | options)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the reason and leave with status 2."""

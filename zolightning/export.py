@@ -11,10 +11,11 @@ import torch
 import zolightning
 from zolightning.models import Quantization, load_model
 
+_TAGS = "tags: [zolightning, zeroth-order]"
 _CARD = """---
 base_model: {base}
 library_name: transformers
-tags: [zolightning, zeroth-order]
+{tags}
 ---
 
 # {name}
@@ -56,8 +57,11 @@ def export_model(
         requantize: Merge, and quantise the result again: ``nf4``, ``fp4`` or ``int8``. The folder holds the ordinary weights meanwhile.
 
     Raises:
-        ValueError: The folder cannot be written, or the space moves what the files would not hold.
+        ValueError: The folder cannot be written or holds files that no export has written, or the space moves what the files would not
+            hold.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not _exported(folder):
+        raise ValueError(f"folder {str(folder)!r} holds files that no export has written: name a new one")
     model = module.language_model
     if merge or requantize is not None:
         model = merged(model)
@@ -72,6 +76,14 @@ def export_model(
         (folder / "README.md").write_text(_card(module, checkpoint, folder.name, task), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write the model to {str(folder)!r}: {error.strerror or error}") from error
+
+
+def _exported(folder: Path) -> bool:
+    """Whether an earlier export is there, which a new one may replace."""
+    try:
+        return _TAGS in (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 @torch.no_grad()
@@ -115,7 +127,7 @@ def _card(module: Any, checkpoint: dict[str, Any] | None, name: str, task: str) 
     settings = {key: group.get(key, "-") for key in ("forwards", "lr", "eps", "seed")}
     blocks, biases = module.space.blocks, getattr(module.objective, "biases", None)
     return _CARD.format(
-        base=module.pretrained, name=name, version=zolightning.__version__, task=task, steps=group.get("step", 0),
+        tags=_TAGS, base=module.pretrained, name=name, version=zolightning.__version__, task=task, steps=group.get("step", 0),
         sampler=type(getattr(module, "sampler", None)).__name__, blocks=len(blocks), parameters=f"{module.space.numel:,}",
         dtype=str(blocks[0].dtype).removeprefix("torch."),
         biases=biases.tolist() if biases is not None else "none", **settings,

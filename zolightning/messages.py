@@ -15,7 +15,7 @@ _NOISE = re.compile(
 )
 _ECHO = re.compile(r"Type collections\.abc\.Callable\S* .*expects a function or a callable class: |\.? ?Got value: (Namespace|\{).*")
 # What is said of the other alternative of a type: no news where one has failed for a reason of its own.
-_OTHER = re.compile(r"Expected a <class 'str'>(\. Got value: Namespace.*)?")
+_OTHER = re.compile(r"Expected a <class 'str'>(\. Got value: Namespace.*)?|Expected a path but .* either not accessible or invalid")
 
 
 def reason(message: str) -> str:

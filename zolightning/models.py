@@ -25,8 +25,15 @@ Quantization = Literal["nf4", "fp4", "int8"]
 
 
 def resolve(pretrained: str) -> str:
-    """The folder of the model that comes with the package for ``demo``; anything else is a hub id or folder already."""
-    return str(DEMO) if pretrained == "demo" else pretrained
+    """The folder of the model that comes with the package for ``demo``; anything else is a hub id or folder already.
+
+    Raises:
+        ValueError: It can only be a folder, and is not there.
+    """
+    path = Path(pretrained).expanduser()
+    if not path.is_dir() and (path.is_absolute() or pretrained.startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"model folder {pretrained!r} {'is a file' if path.exists() else 'does not exist'}")
+    return str(DEMO) if pretrained == "demo" else str(path) if pretrained.startswith("~") else pretrained
 
 
 def load_model(
@@ -69,8 +76,9 @@ def load_model(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(get_args(DType))}")
     wanted = _wanted(quantization, double_quantization)
     transformers_logging.disable_progress_bar()
+    where = resolve(pretrained)
     try:
-        stored = _stored(AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=trust_remote_code))
+        stored = _stored(AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load model {pretrained!r}: {first_line(error)}") from error
     if stored is not None:
@@ -86,7 +94,7 @@ def load_model(
         # Under a device context (Lightning sets one) transformers would ask for accelerate.
         with torch.device("cpu"):
             model, info = AutoModelForCausalLM.from_pretrained(
-                resolve(pretrained),
+                where,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
@@ -258,8 +266,9 @@ def load_tokenizer(pretrained: str, trust_remote_code: bool = False) -> PreTrain
     """
     from transformers import AutoTokenizer
 
+    where = resolve(pretrained)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(pretrained), trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {pretrained!r}: {first_line(error)}") from error
     return tokenizer

@@ -65,6 +65,7 @@ def test_fresh_start_sets_the_old_one_aside(tiny_folder: str, tmp_path: Path, ca
     look = fit(tmp_path, tiny_folder, 2)
     assert look.seen == {0: 3, 1: None}, "an interrupted run must not be continued from the checkpoint of another"
     assert (step_of(look.path), step_of(look.path.with_name("previous.ckpt"))) == (2, 3)
+    assert [step_of(fit(tmp_path, tiny_folder, 1).path.with_name(f"previous{n}.ckpt")) for n in ("-2", "-3")] == [2, 1], "nothing is lost"
     assert capsys.readouterr().out.count(f"the checkpoint of the run before is now {look.path.with_name('previous.ckpt')}") == 1
 
 

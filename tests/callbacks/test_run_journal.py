@@ -150,6 +150,8 @@ def test_the_journal_of_another_run(tiny_folder: str, tmp_path: Path) -> None:
     fit(tmp_path / "b", tiny_folder, 8, resume=True, ckpt=last(tmp_path / "a"))
     assert read(tmp_path / "b" / "journal.zo").first.start == 6
     assert (tmp_path / "b" / "previous.zo").read_bytes() == other
+    fit(tmp_path / "b", tiny_folder, 3)
+    assert [read(tmp_path / "b" / name).steps for name in ("previous-2.zo", "journal.zo")] == [8, 3]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,15 @@ def test_other_settings(change: dict[str, Any], message: str, tiny_folder: str, 
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, tiny_folder, 9, resume=True, **change)
     assert (tmp_path / "journal.zo").read_bytes() == before
+
+
+def test_other_noise_from_a_checkpoint_on(tiny_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is allowed, and said."""
+    fit(tmp_path, tiny_folder, 3)
+    fit(tmp_path, tiny_folder, 5, resume=True, ckpt=last(tmp_path))
+    assert "so far" not in caplog.text
+    fit(tmp_path, tiny_folder, 7, resume=True, ckpt=last(tmp_path), sampler=zl.RademacherSampler())
+    assert "noise=rademacher instead of the run's gaussian so far" in caplog.text
 
 
 def test_a_damaged_journal_stops_the_run(tiny_folder: str, tmp_path: Path) -> None:

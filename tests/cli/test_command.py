@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +58,19 @@ def test_console_script(options: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sys.path", sys.path.copy())
     monkeypatch.setattr("sys.argv", ["zolightning", "fit", *options, "--trainer.max_steps=2"])
     assert next(iter(scripts)).load()() is None
+
+
+def test_status_after_sigterm(options: list[str], tmp_path: Path) -> None:
+    """As any process that a signal has ended: a scheduler must not take it for done."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "zolightning", "fit", *options, "--trainer.max_steps=100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (tmp_path / "run" / "journal.zo").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_help_is_quick(run: Run) -> None:
@@ -141,7 +156,7 @@ def test_resume_in_the_middle_of_an_epoch(main: Main, options: list[str], tmp_pa
         (["--trainer.precision=16-true"], "trainer.precision='16-true': keep 32-true and set model.dtype"),
         (["--model.space.include=[nothing*]"], "pattern 'nothing*' matches no parameter"),
         (["--model.space.exclude=['*']"], "nothing to move"),
-        (["--model.pretrained=/nowhere"], "cannot load"),
+        (["--model.pretrained=/nowhere"], "model folder '/nowhere' does not exist"),
         (["--model.micro_batch_size=0"], "micro_batch_size=0 must be at least 1"),
         (["--model.epss=1"], "Option 'epss' is not accepted"),
         (["--data.task=nope"], "unknown task 'nope'"),

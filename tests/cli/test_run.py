@@ -61,6 +61,24 @@ class TestLast:
         assert [record.getMessage() for record in caplog.records] == ["lr=0.005 instead of the checkpoint's 0.0001"]
         assert checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"][0]["lr"] == 0.005
 
+    def test_other_rows_are_said(self, main: Main, small: list[str], caplog: pytest.LogCaptureFixture) -> None:
+        """Where a run goes on, not where it is evaluated."""
+        main("fit", *small)
+        main("validate", *small, "--ckpt_path=last", "--data.batch_size=4")
+        assert not caplog.records
+        main("fit", *small, "--ckpt_path=last", "--trainer.max_steps=4", "--data.batch_size=4")
+        expected = "data.batch_size=4 instead of the checkpoint's 8: the coming steps see other rows"
+        assert [record.getMessage() for record in caplog.records] == [expected]
+
+    def test_the_estimate_leaves_out_what_the_journal_has(
+        self, main: Main, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        main("fit", *small)
+        (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+        capsys.readouterr()
+        main("fit", *small, "--ckpt_path=last", "--trainer.max_steps=5")
+        assert "2 forwards a step, 2 steps to go, 4 forwards" in capsys.readouterr().out
+
     def test_fresh_start(self, main: Main, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Without --ckpt_path a second run starts anew and replaces the figures."""
         main("fit", *small)

@@ -10,13 +10,14 @@ from weakref import proxy
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from zolightning.journal.file import sync_file, sync_folder
+from zolightning.journal.file import set_aside, sync_file, sync_folder
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run folder up to date.
 
-    A run that starts afresh in the folder of another renames that one's to ``previous.ckpt`` after its first step.
+    A run that starts afresh in the folder of another renames that one's to ``previous.ckpt`` (or ``previous-2.ckpt``, ...) after its
+    first step.
 
     Args:
         every_n_train_steps: Steps between two checkpoints; one is also written at the end of training.
@@ -36,17 +37,14 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not self._moving and trainer.ckpt_path is None and trainer.is_global_zero:
-            self._set_aside(Path(str(self.dirpath)) / "last.ckpt")
+            self._set_aside()
         self._moving = True
         if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
             self._save(trainer)
 
-    @staticmethod
-    def _set_aside(last: Path) -> None:
+    def _set_aside(self) -> None:
         """Not before a step was taken: a run that is refused leaves everything as it is."""
-        if last.exists():
-            previous = last.with_name("previous.ckpt")
-            last.replace(previous)
+        if previous := set_aside(Path(str(self.dirpath)) / "last.ckpt"):
             print(f"the checkpoint of the run before is now {previous}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from zolightning.journal.settings import Settings, settings_of
 from zolightning.modules.finetune import ZOFinetuneModule
 from zolightning.optim import Rule
 from zolightning.samplers import Sampler
+
+log = logging.getLogger("zolightning")
 
 
 class RunJournal(Callback):
@@ -46,6 +49,8 @@ class RunJournal(Callback):
         pl_module.prepare_training()  # Lightning calls callbacks before the module itself
         path, self._start = Path(trainer.default_root_dir) / FILE_NAME, trainer.global_step
         journal = self._find(path, self._start)
+        if journal is not None:
+            self._tell_changes(journal, pl_module)
         if journal is None and self._start:
             print(f"journal      none of this checkpoint: a new one begins at step {self._start}", flush=True)
         elif journal is not None and self.resume:
@@ -62,6 +67,17 @@ class RunJournal(Callback):
         journal = read(path)
         known = bool(journal.all_settings) and (step == 0 or (self._saved is not None and journal.knows(self._saved, step)))
         return journal if known else None
+
+    def _tell_changes(self, journal: Journal, module: ZOFinetuneModule) -> None:
+        """Say what is another setting than the one of the steps before; a checkpoint itself tells of the learning rate, eps and seed."""
+        before = journal.settings_at(self._saved) if self._saved is not None else None
+        if before is None:
+            return
+        own = settings_of(module.zo_optimizer, module.pretrained, journal.first)
+        for name in ("sampler", "noise", "estimator", "queries", "rule", "weight_decay"):
+            there, here = getattr(before, name), getattr(own, name)
+            if there != here:
+                log.warning("%s=%s instead of the run's %s so far", name, here, there)
 
     def _follow(self, journal: Journal, module: ZOFinetuneModule) -> None:
         """Have the optimizer take the coming steps from the journal."""

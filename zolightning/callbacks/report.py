@@ -52,7 +52,7 @@ class RunReport(Callback):
 
     def _estimate(self, trainer: Trainer, module: Any) -> None:
         space, forwards = module.space, module.forwards_per_step
-        steps = max(trainer.max_steps - trainer.global_step, 0) if trainer.max_steps > 0 else 0
+        steps = max(trainer.max_steps - trainer.global_step - module.recorded, 0) if trainer.max_steps > 0 else 0
         weights = weight_bytes(module.language_model)
         hold = module.batch_objective().several_forwards
         both = space.pairable and not hold and module.device.type != "cpu"  # signs in one forward

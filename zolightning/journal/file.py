@@ -13,6 +13,7 @@ that frames cannot be lost, repeated or exchanged unnoticed. Kinds:
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -45,6 +46,22 @@ class Place(NamedTuple):
 
     offset: int
     checksum: int
+
+
+def set_aside(path: Path) -> Path | None:
+    """Give the file of an earlier run a name that is free: ``previous.zo``, ``previous-2.zo``, ...
+
+    Args:
+        path: The file, if it is there.
+
+    Returns:
+        Its new path.
+    """
+    if not path.exists():
+        return None
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    places = (path.with_name(f"previous{number}{path.suffix}") for number in numbers)
+    return path.replace(next(place for place in places if not place.exists()))
 
 
 START = Place(len(MAGIC), zlib.crc32(MAGIC))

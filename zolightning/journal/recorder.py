@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from zolightning.journal.contents import Journal
-from zolightning.journal.file import Appender, Back, Place, pack_back, pack_look, pack_rows
+from zolightning.journal.file import Appender, Back, Place, pack_back, pack_look, pack_rows, set_aside
 from zolightning.journal.settings import Settings, settings_of
 from zolightning.optim.history import Row
 from zolightning.optim.optimizer import ZOOptimizer
@@ -25,7 +25,7 @@ class Recorder:
     """Writes the steps of an optimizer into a journal.
 
     Nothing is written before the first step: a run that is refused leaves the journal of an earlier one as it is. Then that one is
-    renamed to ``previous.zo``, or continued.
+    renamed to ``previous.zo`` (or ``previous-2.zo``, ...), or continued.
 
     Args:
         path: The journal.
@@ -155,8 +155,8 @@ class Recorder:
         if not self.writes:
             return
         if self._appender is None:
-            if self.place is None and self.path.exists():
-                self.path.replace(self.path.with_name("previous.zo"))
+            if self.place is None:
+                set_aside(self.path)
             self._appender = Appender(self.path, self.place)
         self._appender.append(*parts)
         self.place = self._appender.place

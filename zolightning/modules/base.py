@@ -160,6 +160,11 @@ class ZOModule(pl.LightningModule):
         raise NotImplementedError
 
     @property
+    def recorded(self) -> int:
+        """How many of the next steps need no forward, because a journal has them."""
+        return 0
+
+    @property
     def skipped(self) -> int:
         """Steps that changed nothing because a loss was not finite."""
         return 0

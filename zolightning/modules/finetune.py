@@ -173,6 +173,10 @@ class ZOFinetuneModule(ZOModule):
         return len(self.estimator.probes)
 
     @property
+    def recorded(self) -> int:
+        return self.zo_optimizer.recorded
+
+    @property
     def skipped(self) -> int:
         return self.zo_optimizer.skipped
 

@@ -300,7 +300,12 @@ class ZOOptimizer(torch.optim.Optimizer):
     @property
     def repeating(self) -> bool:
         """Whether the next step is one of :meth:`repeat`."""
-        return bool(self._recorded)
+        return self.recorded > 0
+
+    @property
+    def recorded(self) -> int:
+        """How many of the next steps are those of :meth:`repeat`."""
+        return len(self._recorded)
 
     def _repeat(self, row: Row) -> tuple[Tensor, Tensor]:
         """One step of :meth:`repeat`; whoever made the record has its row."""

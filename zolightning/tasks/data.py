@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +23,8 @@ from .steps import StepKeyedSampler
 
 if TYPE_CHECKING:
     import datasets
+
+log = logging.getLogger("zolightning")
 
 Batch = dict[str, Tensor]
 
@@ -202,6 +206,17 @@ class TaskDataModule(lightning.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Encoded]:
         """The batches of ``test_file``, or of the validation rows; they need no labels."""
         return self._evaluation_loader(self._test_split().encoded)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which rows a step sees."""
+        return {name: getattr(self, name) for name in ("batch_size", "num_train", "seed")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say so where a run goes on with other rows."""
+        resumes = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        for name, value in state_dict.items() if resumes else ():
+            if getattr(self, name) != value:
+                log.warning("data.%s=%s instead of the checkpoint's %s: the coming steps see other rows", name, getattr(self, name), value)
 
     def _find_tokenizer(self) -> Tokenizer:
         if isinstance(self.tokenizer, str):

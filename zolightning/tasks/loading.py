@@ -37,7 +37,7 @@ def load_file(path: str) -> Dataset:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
+        raise FileNotFoundError(f"data file {path} {'is a folder' if file.is_dir() else 'does not exist'}")
     ending = Path(file.stem if file.suffix == ".gz" else file.name).suffix
     if ending not in _READERS:
         raise ValueError(f"data file {path}: unknown ending; known: {', '.join(_READERS)} (text also as .gz)")
