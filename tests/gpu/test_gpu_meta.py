@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from nets import tiny
+from runs import film_data, make_trainer
 
 import zolightning as zl
+from zolightning.modules import teacher
 from zolightning.modules.gradients import backward
 from zolightning.modules.per_row import row_norms
 from zolightning.modules.readers import ClippedStep, InnerProducts, SquaredNorms
 from zolightning.modules.shift import Shift
+from zolightning.policies import FeaturePolicy
 from zolightning.samplers.base import Direction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -40,6 +46,22 @@ def test_the_numbers_of_the_cpu(large: int, checkpoint: bool) -> None:
     there, here = numbers("cuda", large, checkpoint), numbers("cpu", large, checkpoint)
     for name, expected in here.items():
         torch.testing.assert_close(there[name].cpu(), expected, rtol=2e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_captured_teacher_sees_fresh_biases(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases that are fitted anew before every step, and a teacher that replays its steps."""
+
+    def trained(folder: Path, capture: bool) -> torch.Tensor:
+        folder.mkdir()
+        monkeypatch.setattr(teacher, "ZOOptimizer", partial(zl.ZOOptimizer, capture=capture, compile=False))
+        module = zl.PolicyMetaTrainModule(
+            tiny_folder, dtype="float32", policy=FeaturePolicy(), meta_objective=zl.ExpectedDecrease(warm_up=1),
+            teacher=zl.ZerothOrder(lr=1e-2, eps=1e-2), refit_biases_every=1,
+        )  # fmt: skip
+        make_trainer(folder, 8, accelerator="gpu", devices=1).fit(module, film_data(folder, batch_size=8))
+        return torch.cat([block.tensor.detach().flatten() for block in module.space.blocks])
+
+    assert torch.equal(trained(tmp_path / "captured", True), trained(tmp_path / "plain", False))
 
 
 def test_one_copy_of_the_weights() -> None:

@@ -41,7 +41,8 @@ class Record(zl.MetaObjective):
     def __call__(self, point: MetaPoint, scales: Tensor) -> Verdict:
         self.points.append(point)
         self.weights.append(state_bits(point.space.model))
-        self.biases.append(getattr(point.objective, "biases", None))
+        biases = getattr(point.objective, "biases", None)
+        self.biases.append(None if biases is None else biases.clone())
         return Verdict(scales.square().sum() / 2, scales)
 
 

@@ -10,6 +10,7 @@ import torch
 from meta import Scale, bound, plain_gradients, token_batch, weights_of
 from nets import hook_count, state_bits, tiny
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import zolightning as zl
 from zolightning import kernels
@@ -202,6 +203,27 @@ class TestScope:
         reader = Collect(space)
         backward(space, lambda: layer(layer(x)).square().sum(), reader, large=large)
         expected = torch.autograd.grad(layer(layer(x)).square().sum(), list(layer.parameters()))
+        for block, gradient in zip(space.blocks, expected, strict=True):
+            torch.testing.assert_close(reader.seen[block.name], gradient)
+
+    def test_arguments_by_name(self) -> None:
+        """However a module calls the linear map and the lookup, a large matrix goes by rows."""
+
+        class Named(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table, self.map = nn.Embedding(5, 3, padding_idx=0), nn.Linear(3, 4)
+                self.table.forward = lambda ids: F.embedding(weight=self.table.weight, input=ids, padding_idx=0)  # type: ignore[method-assign]
+                self.map.forward = lambda x: F.linear(x, bias=self.map.bias, weight=self.map.weight)  # type: ignore[method-assign]
+
+            def forward(self, ids: Tensor) -> Tensor:
+                return self.map(self.table(ids)).square().sum()
+
+        model, ids = Named(), torch.tensor([[0, 2, 4]])
+        space = zl.DenseSpace(model)
+        reader = Collect(space)
+        backward(space, lambda: model(ids), reader, large=1)
+        expected = torch.autograd.grad(model(ids), [block.tensor for block in space.blocks])
         for block, gradient in zip(space.blocks, expected, strict=True):
             torch.testing.assert_close(reader.seen[block.name], gradient)
 

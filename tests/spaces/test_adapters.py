@@ -152,7 +152,7 @@ class TestPrefix:
         ({"init": "pissa"}, "init='pissa' must be one of kaiming, gaussian, orthogonal"),
         (
             {"targets": ["*qq*"]},
-            r"nothing to move: pattern '\*qq\*' matches no linear map; names look like 'model.layers.0.self_attn.q_proj'",
+            r"pattern '\*qq\*' matches no linear map; names look like 'model.layers.0.self_attn.q_proj'",
         ),
     ],
 )

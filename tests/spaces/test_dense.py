@@ -310,6 +310,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"pattern '\*embed\*' matches no parameter"):
             DenseSpace(Net(), exclude=["*embed*"])
 
+    def test_two_parameters_over_one_memory(self) -> None:
+        """Neither the same memory nor a part of it: each would get noise of its own."""
+        for part in (slice(None), slice(1, 2)):
+            model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            model[1].weight = nn.Parameter(model[0].weight.data[part])
+            with pytest.raises(ValueError, match=r"^parameters '0.weight' and '1.weight' lie in the same memory: make them one parameter"):
+                DenseSpace(model)
+        model[1].weight = model[0].weight
+        assert [block.name for block in DenseSpace(model).blocks] == ["0.weight", "0.bias", "1.bias"]
+
     def test_all_excluded(self) -> None:
         with pytest.raises(ValueError, match=r"nothing to move: 7 parameters, 0 of them frozen, include=\[\], exclude=\['\*'\]"):
             DenseSpace(Net(), exclude=["*"])

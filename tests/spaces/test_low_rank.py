@@ -236,7 +236,7 @@ def test_both_signs_in_one_forward(tiny_folder: str, more: list[Any]) -> None:
         ({"rank": 17, "slots": 1}, r"rank=17 times slots=1 is larger than a side of 'model\.layers\.0\.self_attn\.v_proj' \(16 x 32\)"),
         (
             {"targets": ["*qq*"]},
-            r"nothing to move: pattern '\*qq\*' matches no linear map; names look like 'model.layers.0.self_attn.q_proj'",
+            r"pattern '\*qq\*' matches no linear map; names look like 'model.layers.0.self_attn.q_proj'",
         ),
     ],
 )

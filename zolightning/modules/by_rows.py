@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from zolightning.modules.gradient import Gradient, LinearGradient, LookupGradient, Scaling
 from zolightning.modules.shift import Shift
 
+_NAMES = {F.linear: ("input", "weight", "bias"), F.embedding: ("input", "weight", "padding_idx")}
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -59,13 +61,13 @@ class RowWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and isinstance(args[1], cls):
-                out: Tensor = _Linear.apply(args[0], args[1].matrix.weight, args[1].matrix)
-                bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                return out if bias is None else out + bias
-            if func is F.embedding and isinstance(args[1], cls):
-                padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-                return _Lookup.apply(args[0], args[1].matrix.weight, args[1].matrix, padding)
+            of_call = dict(zip(_NAMES.get(func, ()), args, strict=False)) | kwargs
+            if isinstance(weight := of_call.get("weight"), cls):
+                if func is F.linear:
+                    out: Tensor = _Linear.apply(of_call["input"], weight.matrix.weight, weight.matrix)
+                    return out if (bias := of_call.get("bias")) is None else out + bias
+                if func is F.embedding:
+                    return _Lookup.apply(of_call["input"], weight.matrix.weight, weight.matrix, of_call.get("padding_idx"))
             if getattr(func, "__name__", "") == "__get__":  # its shape, type and place
                 return func(*args, **kwargs)
         raise NotImplementedError(f"{getattr(func, '__name__', func)} of a large matrix: only linear maps and lookups go by rows")

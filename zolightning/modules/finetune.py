@@ -91,9 +91,9 @@ class ZOFinetuneModule(ZOModule):
 
     def configure_optimizers(self) -> Any:
         """The zeroth-order optimizer on the space's blocks, and the schedule."""
-        optimizer = self.make_optimizer(self.space, self.sampler, self.estimator)
-        if self.make_optimizer is ZOOptimizer and self.pretrained == "demo":  # the defaults are for large models
-            optimizer = ZOOptimizer(self.space, self.sampler, self.estimator, lr=DEMO_LR, eps=DEMO_EPS)
+        own = self.make_optimizer is ZOOptimizer and self.pretrained == "demo"  # the defaults are for large models
+        settings = {"lr": DEMO_LR, "eps": DEMO_EPS} if own else {}
+        optimizer = self.make_optimizer(self.space, self.sampler, self.estimator, **settings)
         optimizer.deferred = self.deferred_updates
         if self.make_lr_scheduler is None:
             return optimizer

@@ -212,14 +212,18 @@ class PolicyMetaTrainModule(ZOModule):
         if self.steps:  # at first they are what was loaded
             self.reload_base()
 
+    @torch.no_grad()
     def _refit_biases(self, step: int, task: int) -> None:
         """Fit the task's candidate biases at the present weights, where it is their turn."""
         objective, turn = self.objectives[task], step // len(self.sources)
         if not (self.refit_biases_every and isinstance(objective, CandidateCrossEntropy)):
             return
         if turn % self.refit_biases_every == 0 or objective.biases is None or self.teacher.starts(step):
-            objective.biases = None
-            objective.biases = self.fit_candidate_biases(self.sources[task])
+            fresh = self.fit_candidate_biases(self.sources[task])
+            if objective.biases is None:
+                objective.biases = fresh
+            else:
+                objective.biases.copy_(fresh)  # in place: a teacher's captured step reads these
 
     def _log(self, loss: Tensor, verdict: Verdict, raw: Tensor, scales: Tensor, step: int) -> None:
         self.log("step", float(step + 1))  # Lightning's own count of batches is one behind here

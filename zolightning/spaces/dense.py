@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from zolightning.blocks import Block, check_ids
 from zolightning.spaces.hosts import Owner
 from zolightning.spaces.origins import origin
+from zolightning.spaces.patterns import matching
 from zolightning.spaces.swapping import SwapSpace
 
 
@@ -27,7 +28,7 @@ class DenseSpace(SwapSpace):
         exclude: Shell patterns; matching ones do not move.
 
     Raises:
-        ValueError: No parameter is left, or a pattern matches nothing.
+        ValueError: No parameter is left, a pattern matches nothing, or two parameters lie in the same memory without being one.
 
     Example:
         >>> space = DenseSpace(model, exclude=["*embed*"])
@@ -42,10 +43,9 @@ class DenseSpace(SwapSpace):
             owners[id(parameter)].append((path, leaf))
             first.setdefault(id(parameter), (name, parameter))
         check_ids(name for name, _ in first.values())
-        for pattern in (*include, *exclude):
-            if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in first.values()):
-                raise ValueError(f"pattern {pattern!r} matches no parameter; names look like {next(iter(first.values()))[0]!r}")
-        chosen = [(key, Block(name, t, origin(model, name))) for key, (name, t) in first.items() if _moves(name, t, include, exclude)]
+        _check_apart(first.values())
+        wanted = set(matching([name for name, _ in first.values()], "parameter", include, exclude))
+        chosen = [(key, Block(name, t, origin(model, name))) for key, (name, t) in first.items() if name in wanted and _can_move(t)]
         if not chosen:
             frozen = sum(not t.requires_grad for _, t in first.values())
             raise ValueError(
@@ -55,9 +55,13 @@ class DenseSpace(SwapSpace):
         super().__init__(model, [block for _, block in chosen], places)
 
 
-def _moves(name: str, parameter: Tensor, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    if not (parameter.is_floating_point() and parameter.requires_grad and parameter.numel()):
-        return False
-    if include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-        return False
-    return not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+def _can_move(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.requires_grad and parameter.numel() > 0
+
+
+def _check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse two parameters over one memory: each would add noise of its own to the other's weights."""
+    there = [(str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in named if t.numel() and not t.is_meta]
+    for (device, _, end, one), (other_device, start, _, other) in pairwise(sorted(there)):
+        if device == other_device and start < end:
+            raise ValueError(f"parameters {one!r} and {other!r} lie in the same memory: make them one parameter, or a copy of one of them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from zolightning.spaces.hosts import Owner
 from zolightning.spaces.interrupts import uninterrupted
 from zolightning.spaces.origins import beside
 from zolightning.spaces.packed import scales_of
+from zolightning.spaces.patterns import matching
 from zolightning.spaces.swapping import SwapSpace
 
 
@@ -49,10 +49,7 @@ class QuantScaleSpace(SwapSpace):
         holders = {path: (module, *found) for path, module in model.named_modules() if (found := scales_of(module)) is not None}
         if not holders:
             raise ValueError("a QuantScaleSpace needs a quantised model: set quantization to nf4, fp4 or int8")
-        for pattern in (*include, *exclude):
-            if not any(fnmatch.fnmatchcase(path, pattern) for path in holders):
-                raise ValueError(f"pattern {pattern!r} matches no quantised module; names look like {next(iter(holders))!r}")
-        chosen = {path: found for path, found in holders.items() if _matches(path, include or ["*"]) and not _matches(path, exclude)}
+        chosen = {path: holders[path] for path in matching(list(holders), "quantised module", include, exclude)}
         if not chosen:
             raise ValueError(f"nothing to move: {len(holders)} quantised modules, include={list(include)}, exclude={list(exclude)}")
         blocks, owners = [], []
@@ -85,10 +82,6 @@ class QuantScaleSpace(SwapSpace):
         with uninterrupted():
             super().move(directions, weights, shrink, valid)
             torch._foreach_clamp_min_([block.tensor for block in self.blocks], 0.0)
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _settle(state: Any) -> None:

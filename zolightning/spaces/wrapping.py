@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from zolightning.spaces.patterns import matching
 
 
 def require_peft(space: str) -> Any:
@@ -38,10 +39,7 @@ def linear_maps(model: nn.Module, patterns: Sequence[str]) -> list[str] | None:
     if taken is not None:
         raise ValueError(f"{taken!r} has an adapter already; the linear maps of a model can have one")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"nothing to move: pattern {pattern!r} matches no linear map; names look like {next(iter(names), '')!r}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)] or None
+    return matching(names, "linear map", patterns) if patterns else None
 
 
 @contextmanager
