@@ -186,6 +186,15 @@ def test_unknown_shapes_survive(tmp_path: Path) -> None:
     assert Policy.from_pretrained(policy.save_pretrained(tmp_path)).blocks == policy.blocks
 
 
+def test_the_shipped_one_is_the_one_that_was_chosen() -> None:
+    """Frozen before the tasks were looked at that it is judged by."""
+    path, root = shipped()["smollm2-135m-instruct"], Path(__file__).parents[2]
+    assert path.read_bytes() == (root / "docs" / "results" / "policy" / "ours.safetensors").read_bytes()
+    assert path.stat().st_size < 700_000
+    policy = load_policy("smollm2-135m-instruct")
+    assert (type(policy).__name__, policy.base_model, len(policy.blocks)) == ("LossTable", "smollm2-135m-instruct", 272)
+
+
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(isinstance(load_policy(name), Policy) for name in shipped())
     monkeypatch.setattr(library, "_SHIPPED", tmp_path / "shipped")

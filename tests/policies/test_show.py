@@ -67,4 +67,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "q.safetensors").read_bytes() == (tmp_path / "p.safetensors").read_bytes()
     assert (tmp_path / "p.png").exists()
     assert main(["missing.safetensors"]) == 2
-    assert capsys.readouterr().err == "error: policy 'missing.safetensors' is neither a file nor a shipped policy (none are shipped)\n"
+    assert capsys.readouterr().err == "error: policy 'missing.safetensors' is neither a file nor a shipped policy (smollm2-135m-instruct)\n"
