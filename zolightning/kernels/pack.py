@@ -122,9 +122,8 @@ class Pack:
                 made = fused.materialise(table, own, noises[indices[0]], _clock(clock, noises[0], table.device), copies)
                 out.update(zip(indices, made, strict=True))
             return [out[index] for index in range(len(self.tensors))]
-        parts = amounts.unbind()
         return [
-            plain.materialise(tensor, parts[slot].to(tensor.device, plain.compute_dtype(tensor.dtype)), noise, copies, start)
+            plain.materialise(tensor, amounts[slot].to(tensor.device, plain.compute_dtype(tensor.dtype)), noise, copies, start)
             for tensor, slot, noise, start in zip(self.tensors, self.slots, noises, self.starts, strict=True)
         ]
 
