@@ -42,6 +42,15 @@ class TestReport:
             assert str(tmp_path / path) in out
         assert float(logger.rows()[-1]["val/loss"]) == pytest.approx(after["loss"])
 
+    def test_rows_that_are_held_out(self, tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Said where there are no validation rows, and only there."""
+        for validation, expected in ((None, 1), ("same", 0)):
+            data = film_data(tmp_path)
+            data.validation_file = None if validation is None else data.train_file
+            make_trainer(tmp_path, 1, callbacks=[RunReport()]).fit(make_module(tiny_folder), data)
+            out = capsys.readouterr().out
+            assert out.count(f"validation   on {len(data.validation_examples)} training rows that are held out") == expected
+
     def test_held_weights_are_in_the_estimate(self, tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Generation keeps a second copy of what moves."""
         from runs import QUESTIONS

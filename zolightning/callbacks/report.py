@@ -70,6 +70,8 @@ class RunReport(Callback):
             lines.append(f"replicas     {trainer.world_size}, each with its share of the {trainer.strategy.replicas.mode}")  # type: ignore[attr-defined]
         if seconds and steps:
             lines.append(f"time         about {_duration(seconds * forwards * steps)} of forwards alone (one took {seconds * 1e3:.0f} ms)")
+        if held_out := getattr(module.data, "held_out", 0):
+            lines.append(f"validation   on {held_out:,} training rows that are held out: there are no others")
         if "constant_loss" in self.before:
             constant = f"loss {self.before['constant_loss']:.3f}, accuracy {self.before['constant_accuracy']:.3f}"
             lines.append(f"constant     always the training rows' label frequencies: {constant}")

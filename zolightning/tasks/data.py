@@ -113,6 +113,8 @@ class TaskDataModule(lightning.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.calibration_rows = calibration_rows
+        #: Training rows that were held out because there are no validation rows.
+        self.held_out = 0
         self._splits: dict[str, _Split] = {}
         self._encoded_with: Tokenizer | None = None
 
@@ -268,17 +270,17 @@ class TaskDataModule(lightning.LightningDataModule):
             numbers["validation"] = self._permutation(sources["validation"])[: self.num_validation]
         if "train" in sources:
             order = self._permutation(sources["train"])
-            held_out = 0
+            self.held_out = 0
             if sources["validation"] is sources["train"]:
-                held_out = min(len(order) // 5, len(numbers["validation"]))
-                if held_out == 0:
+                self.held_out = min(len(order) // 5, len(numbers["validation"]))
+                if self.held_out == 0:
                     where = sources["train"].where
                     raise ValueError(f"{where} has too few rows ({len(order)}) to hold any out: give validation_file")
-            rows = len(order) - held_out
+            rows = len(order) - self.held_out
             rows = rows if self.num_train is None else min(self.num_train, rows)
             numbers["train"] = order[:rows]
-            if held_out:
-                numbers["validation"] = order[rows : rows + held_out]
+            if self.held_out:
+                numbers["validation"] = order[rows : rows + self.held_out]
         if "test" in sources:
             numbers["test"] = list(range(len(sources["test"].rows)))
         return numbers
