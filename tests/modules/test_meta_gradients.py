@@ -249,6 +249,14 @@ class TestOnTheGPU:
         assert torch.equal(shift.rows(0, 3, 9), whole[3:9])
         assert torch.equal(shift.take(0, torch.arange(3, 9)), whole[3:9])
 
+    def test_rows_of_a_matrix_beside_wider_ones(self) -> None:
+        """A float32 matrix is perturbed in float32, whatever the space's compute type."""
+        model = nn.Sequential(nn.Linear(24, 10, bias=False), nn.Linear(10, 2).double())
+        space = zl.DenseSpace(model)
+        shift = Shift(space, direction_of(space), 0.03)
+        assert space.compute_dtype == torch.float64
+        assert torch.equal(shift.rows(0, 3, 9), shift.block(0)[3:9])
+
     @pytest.mark.parametrize("sampler", [zl.GaussianSampler(), zl.RademacherSampler()])
     def test_noise_by_a_kernel(self, sampler: zl.Sampler) -> None:
         space = zl.DenseSpace(nn.Linear(24, 10, bias=False))

@@ -45,7 +45,8 @@ class Shift:
         part = block.tensor.detach()[first:last]
         if part.is_cuda:
             return self.take(index, torch.arange(first, last, device=part.device))
-        noise, amount, out = self.direction.noise(block), self._amounts[index], torch.empty_like(part)
+        amount = self._amounts[index].to(part.device, kernels.compute_dtype(part.dtype))
+        noise, out = self.direction.noise(block), torch.empty_like(part)
         flat, source, start = out.view(-1), part.reshape(-1), first * part.shape[1]
         for at in range(0, part.numel(), 1 << 16):
             own = source[at : at + (1 << 16)].to(amount.dtype)
