@@ -51,8 +51,7 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", type=Path, default=Path("runs/policies"), help="folder of benchmarks.make_policies")
     parser.add_argument("--out", type=Path, required=True, help="folder for chosen.json and ours.safetensors")
     arguments = parser.parse_args(options)
-    config = grid.load(arguments.grid)
-    config["ledger"] = str(arguments.ledger or config["ledger"])
+    config = grid.load(arguments.grid, arguments.ledger)
     found = scores(config, Plan(config).current())
     if not found:
         sys.exit("no candidate has run on all design tasks with headroom, together with all other methods")

@@ -157,11 +157,10 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--baseline", default="uniform", help="the method for the metric and the forwards")
     parser.add_argument("--out", type=Path, default=Path("docs/results/policy.json"), help="JSON; a .md and a .png are written beside it")
     arguments = parser.parse_args(options)
-    configs = [grid.load(path) for path in arguments.grids]
-    if arguments.ledgers and len(arguments.ledgers) != len(configs):
-        parser.error(f"--ledgers names {len(arguments.ledgers)} files for {len(configs)} grids")
-    for config, path in zip(configs, arguments.ledgers or [], strict=False):
-        config["ledger"] = str(path)
+    ledgers = arguments.ledgers or [None] * len(arguments.grids)
+    if len(ledgers) != len(arguments.grids):
+        parser.error(f"--ledgers names {len(ledgers)} files for {len(arguments.grids)} grids")
+    configs = [grid.load(path, own) for path, own in zip(arguments.grids, ledgers, strict=True)]
     rows = [row for config in configs for row in Plan(config).current()]
     trained = json.loads(arguments.chosen.read_text(encoding="utf-8"))["tasks"] if arguments.chosen else []
     found = judge(configs, rows, arguments.ours, trained, arguments.baseline)

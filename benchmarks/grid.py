@@ -32,10 +32,10 @@ from benchmarks.runs import Run, execute, release
 from benchmarks.times import clock, estimate
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a grid; ``${NAME}`` in strings is taken from the environment."""
+def load(path: Path, ledger: str | Path | None = None) -> dict[str, Any]:
+    """Read a grid, with another ledger than its own where one is given; ``${NAME}`` in strings is taken from the environment."""
     config: dict[str, Any] = yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf-8")))
-    return config
+    return config if ledger is None else config | {"ledger": str(ledger)}
 
 
 def run_all(config: dict[str, Any], workers: int, minutes: float = math.inf) -> int:
@@ -107,8 +107,7 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run that would end later; cut off what runs then")
     parser.add_argument("--dry-run", action="store_true", help="list the runs that could start now, in their order")
     arguments = parser.parse_args(options)
-    config = load(arguments.config)
-    config["ledger"] = arguments.ledger or config["ledger"]
+    config = load(arguments.config, arguments.ledger)
     if arguments.dry_run:
         for run in Plan(config).next_runs():
             print(*run.key)

@@ -150,8 +150,7 @@ class Pipeline:
 
     def run(self, name: str) -> bool:
         """Run a grid as far as the time goes; whether all of it has ended."""
-        config = grid.load(Path(self.options.grids) / f"{name}.yaml")
-        config["ledger"] = str(self.state / f"{name}.jsonl")
+        config = grid.load(Path(self.options.grids) / f"{name}.yaml", self.state / f"{name}.jsonl")
         if not self._ended(config):
             print(f"{name}, {self.left:.1f} min", flush=True)
             grid.run_all(config, self.options.workers, self.left)
