@@ -134,7 +134,7 @@ class MomentumSGD(Teacher):
             total.weight = self.clip / norm - 1
             backward(space, loss, total, checkpoint=checkpoint)
         for block, held in zip(space.blocks, total.held, strict=True):
-            rate = torch.tensor(self.rate(step), dtype=held.dtype, device=block.tensor.device)
+            rate = torch.full((), self.rate(step), dtype=held.dtype, device=block.tensor.device)  # a fill: no wait for a copy from the host
             descend(block, DenseGradient(held, Scaling(held.dtype)), rate, Key(seed, block.id, step))
         return value
 
