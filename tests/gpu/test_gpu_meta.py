@@ -53,7 +53,7 @@ def test_a_captured_teacher_sees_fresh_biases(tiny_folder: str, tmp_path: Path, 
 
     def trained(folder: Path, capture: bool) -> torch.Tensor:
         folder.mkdir()
-        monkeypatch.setattr(teacher, "ZOOptimizer", partial(zl.ZOOptimizer, capture=capture, compile=False))
+        monkeypatch.setattr(teacher, "ZOOptimizer", partial(zl.ZOOptimizer, pair=False, capture=capture, compile=False))
         module = zl.PolicyMetaTrainModule(
             tiny_folder, dtype="float32", policy=FeaturePolicy(), meta_objective=zl.ExpectedDecrease(warm_up=1),
             teacher=zl.ZerothOrder(lr=1e-2, eps=1e-2), refit_biases_every=1,
@@ -61,7 +61,9 @@ def test_a_captured_teacher_sees_fresh_biases(tiny_folder: str, tmp_path: Path, 
         make_trainer(folder, 8, accelerator="gpu", devices=1).fit(module, film_data(folder, batch_size=8))
         return torch.cat([block.tensor.detach().flatten() for block in module.space.blocks])
 
-    assert torch.equal(trained(tmp_path / "captured", True), trained(tmp_path / "plain", False))
+    captured, plain = trained(tmp_path / "captured", True), trained(tmp_path / "plain", False)
+    # Sums may run in another order in a graph; with the biases of the first step throughout, the distance is 0.4 of the weights.
+    assert float((captured - plain).norm() / plain.norm()) < 1e-2
 
 
 def test_one_copy_of_the_weights() -> None:
