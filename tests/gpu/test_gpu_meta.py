@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from zolightning.modules.gradients import backward
 from zolightning.modules.per_row import row_norms
 from zolightning.modules.readers import ClippedStep, InnerProducts, SquaredNorms
 from zolightning.modules.shift import Shift
+from zolightning.objectives.batch import bucket
 from zolightning.policies import FeaturePolicy
 from zolightning.samplers.base import Direction
 
@@ -51,9 +53,15 @@ def test_the_numbers_of_the_cpu(large: int, checkpoint: bool) -> None:
 def test_a_captured_teacher_sees_fresh_biases(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases that are fitted anew before every step, and a teacher that replays its steps."""
 
+    class Padded(zl.ZOOptimizer):
+        """Sees rows as a graph does, which pads them: sums over another width are rounded differently."""
+
+        def step(self, closure: Any) -> torch.Tensor:  # type: ignore[override]
+            return super().step(closure.to(bucket(closure.batch)))
+
     def trained(folder: Path, capture: bool) -> torch.Tensor:
         folder.mkdir()
-        monkeypatch.setattr(teacher, "ZOOptimizer", partial(zl.ZOOptimizer, pair=False, capture=capture, compile=False))
+        monkeypatch.setattr(teacher, "ZOOptimizer", partial(Padded, pair=False, capture=capture, compile=False))
         module = zl.PolicyMetaTrainModule(
             tiny_folder, dtype="float32", policy=FeaturePolicy(), meta_objective=zl.ExpectedDecrease(warm_up=1),
             teacher=zl.ZerothOrder(lr=1e-2, eps=1e-2), refit_biases_every=1,
@@ -61,9 +69,7 @@ def test_a_captured_teacher_sees_fresh_biases(tiny_folder: str, tmp_path: Path, 
         make_trainer(folder, 8, accelerator="gpu", devices=1).fit(module, film_data(folder, batch_size=8))
         return torch.cat([block.tensor.detach().flatten() for block in module.space.blocks])
 
-    captured, plain = trained(tmp_path / "captured", True), trained(tmp_path / "plain", False)
-    # Sums may run in another order in a graph; with the biases of the first step throughout, the distance is 0.4 of the weights.
-    assert float((captured - plain).norm() / plain.norm()) < 1e-2
+    assert torch.equal(trained(tmp_path / "captured", True), trained(tmp_path / "plain", False))
 
 
 def test_one_copy_of_the_weights() -> None:

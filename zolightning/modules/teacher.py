@@ -133,8 +133,8 @@ class MomentumSGD(Teacher):
         if norm > self.clip:
             total.weight = self.clip / norm - 1
             backward(space, loss, total, checkpoint=checkpoint)
+        rate = torch.full((), self.rate(step), dtype=space.compute_dtype, device=space.device)
         for block, held in zip(space.blocks, total.held, strict=True):
-            rate = torch.full((), self.rate(step), dtype=held.dtype, device=block.tensor.device)  # a fill: no wait for a copy from the host
             descend(block, DenseGradient(held, Scaling(held.dtype)), rate, Key(seed, block.id, step))
         return value
 
